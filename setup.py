@@ -1,0 +1,25 @@
+"Install query_detr; name, version and requirements are those of settings.ini."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+parser = ConfigParser(delimiters=["="])
+parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
+settings = parser["DEFAULT"]
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    author=settings["author"],
+    author_email=settings["author_email"],
+    keywords=settings["keywords"],
+    packages=["query_detr"],
+    python_requires=f">={settings['min_python']}",
+    install_requires=settings["requirements"].split(),
+    extras_require={"dev": settings["dev_requirements"].split()},
+)
