@@ -1,0 +1,30 @@
+"What several test modules share."
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from query_detr.model import ModelConfig
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def pictures():
+    "Folder of real pictures that are not part of the repository."
+    if not SHARED.is_dir(): pytest.skip("the real pictures are not here")
+    return SHARED
+
+
+@pytest.fixture
+def small():
+    "Configuration of a model that runs in milliseconds."
+    return ModelConfig(classes=5, queries=12, width=32, heads=4, encoder_layers=1, decoder_layers=2, feedforward=64, dropout=0.0,
+                       backbone="resnet10", stages=3, norm="batch", freeze_stem=False)
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_repeatable():
+    torch.manual_seed(0)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
