@@ -39,7 +39,7 @@ class Criterion:
         self,
         predictions: Predictions,
         targets: Targets,
-        box_count: float,     # boxes of the whole optimisation step: all processes, all micro-batches, at least 1
+        box_count: float | Tensor,  # boxes of the whole optimisation step: all processes, all micro-batches, at least 1
     ) -> tuple[Tensor, Losses, Assignment]:  # scalar total, parts per layer, who answered for what
         assignment = match(predictions.logits, predictions.boxes, targets, self.cost, self.giou_eps)
         losses = detection_loss(predictions, targets, assignment, box_count, self.giou_eps)

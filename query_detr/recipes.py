@@ -44,11 +44,12 @@ class Recipe:
     backbone_weights: str = "imagenet"  # imagenet, none, or a file
     keep: int = 100                   # detections per image at evaluation
     evaluate_every: int = 1           # epochs
+    eval_batch_size: int = 2          # images of an evaluation batch; padding, and with it AP, depends on it a little
 
     def __post_init__(self):
         for name, known in dict(data=("coco", "shapes"), augmentation=("detr", "flip", "none"), schedule=("step", "cosine")).items():
             if getattr(self, name) not in known: raise InputError(f"{name} = {getattr(self, name)}: it must be one of {', '.join(known)}")
-        for name in ("epochs", "batch_size", "keep", "evaluate_every"):
+        for name in ("epochs", "batch_size", "keep", "evaluate_every", "eval_batch_size"):
             if getattr(self, name) < 1: raise InputError(f"{name} = {getattr(self, name)}: it must be at least 1")
         for name in ("lr", "backbone_lr", "clip"):
             if getattr(self, name) <= 0: raise InputError(f"{name} = {getattr(self, name)}: it must be above 0")
@@ -71,9 +72,9 @@ def settings(recipe: Recipe) -> dict[str, object]:
 
 # %% ../nbs/17_recipes.ipynb #differences
 def differences(a: Recipe, b: Recipe) -> dict[str, tuple]:
-    "List the settings in which two recipes differ, as {field: (a's, b's)}."
+    "List the settings in which two recipes differ, as {field: (a's, b's)}; what is only said about them is left out."
     a, b = settings(a), settings(b)
-    return {k: (a[k], b[k]) for k in a if a[k] != b[k]}
+    return {k: (a[k], b[k]) for k in a if a[k] != b[k] and k not in ("name", "source", "published_ap", "note")}
 
 # %% ../nbs/17_recipes.ipynb #conditional
 def conditional_detr(backbone: str, dilation: bool, epochs: int, published_ap: float | None, source: str, note: str = "") -> Recipe:
@@ -101,7 +102,7 @@ RECIPES = [
            model=ModelConfig(classes=5, queries=25, width=128, heads=8, encoder_layers=2, decoder_layers=3, feedforward=256, dropout=0.0,
                              backbone="resnet10", stages=3, norm="batch", freeze_stem=False),
            data="shapes", augmentation="flip", short_side=0, epochs=8, schedule="cosine", warmup=100, batch_size=16,
-           lr=4e-4, backbone_lr=4e-4, clip=1.0, backbone_weights="none"),
+           lr=4e-4, backbone_lr=4e-4, clip=0.1, backbone_weights="none", evaluate_every=2, eval_batch_size=50),
 ]
 
 recipes = {recipe.name: recipe for recipe in RECIPES}
@@ -110,6 +111,7 @@ recipes = {recipe.name: recipe for recipe in RECIPES}
 def recipe_named(name: str) -> Recipe:
     "Look a recipe up, and name the nearest if there is none."
     if name in recipes: return recipes[name]
+    if not name: raise InputError(f"no recipe was named: choose one with --recipe.\nKnown recipes: {', '.join(recipes)}")
     nearest = get_close_matches(name, recipes, 1, 0)
     raise InputError(f"no recipe is called {name!r}; did you mean {nearest[0]}?\nKnown recipes: {', '.join(recipes)}")
 
@@ -139,10 +141,12 @@ def change(
     changes: dict[str, object],  # full field names → values
 ) -> Recipe:
     "Copy a recipe with some fields replaced."
+    parts = {}
     for name, value in changes.items():
         part, _, inner = name.partition(".")
-        recipe = replace(recipe, **{part: replace(getattr(recipe, part), **{inner: value}) if inner else value})
-    return recipe
+        if inner: parts.setdefault(part, {})[inner] = value
+        else: parts[part] = value
+    return replace(recipe, **{part: replace(getattr(recipe, part), **value) if isinstance(value, dict) else value for part, value in parts.items()})
 
 # %% ../nbs/17_recipes.ipynb #set-fields
 def set_fields(
@@ -150,13 +154,13 @@ def set_fields(
     assignments: list[str],  # "FIELD=VALUE"
 ) -> Recipe:
     "Apply what the user gave with --set."
-    known = settings(recipe)
+    known, changes = settings(recipe), {}
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals: raise InputError(f"--set {text}: write FIELD=VALUE, for example --set width=128")
         full = find_setting(recipe, name)
-        recipe = change(recipe, {full: parse_as(value, known[full], name)})
-    return recipe
+        changes[full] = parse_as(value, known[full], name)
+    return change(recipe, changes)
 
 # %% ../nbs/17_recipes.ipynb #recipe-from-dict
 def recipe_from_dict(content: dict) -> Recipe:
