@@ -157,7 +157,7 @@ class ResizeShortSide(v2.Transform):
         return dict(size=resized(height, width, short, self.longest))
 
     def transform(self, inpt, params):
-        return self._call_kernel(F.resize, inpt, size=list(params["size"]))
+        return F.resize(inpt, list(params["size"]))
 
 # %% ../nbs/05_coco.ipynb #random-sized-crop
 class RandomSizedCrop(v2.Transform):
@@ -176,7 +176,7 @@ class RandomSizedCrop(v2.Transform):
         return dict(top=draw(0, height - h), left=draw(0, width - w), height=h, width=w)
 
     def transform(self, inpt, params):
-        return self._call_kernel(F.crop, inpt, **params)
+        return F.crop(inpt, **params)
 
 # %% ../nbs/05_coco.ipynb #to-tensor
 def to_tensor() -> v2.Transform:

@@ -6,6 +6,7 @@
 __all__ = ['BLOCKS', 'NORMS', 'Backbone', 'shrink_mask', 'image_positions', 'Memory', 'EncoderLayer', 'Encoder']
 
 # %% ../nbs/09_features.ipynb #imports
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,8 +36,10 @@ class Backbone(nn.Module):
         dilation: bool = False,  # DC5: the last stage keeps its resolution and dilates its kernels instead
         stages: int = 4,         # residual stages in use; stage 4 ends at 1/32 of the image, stage 3 at 1/16
         frozen: bool = True,     # stem and stage 1 do not learn; for pretrained weights only
+        bf16: bool = False,      # convolve in bfloat16 (autocast); weights stay in fp32
     ):
         super().__init__()
+        self.bf16 = bf16
         if name not in BLOCKS: raise InputError(f"no backbone is called {name!r}: choose one of {', '.join(BLOCKS)}")
         if norm not in NORMS: raise InputError(f"no norm is called {norm!r}: choose one of {', '.join(NORMS)}")
         if not 1 <= stages <= 4: raise InputError(f"a ResNet has 1 to 4 stages, not {stages}")
@@ -48,11 +51,13 @@ class Backbone(nn.Module):
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4][:stages])
         self.channels = 64 * 2 ** (stages - 1) * block.expansion
         if frozen: self.stem.requires_grad_(False), self.stages[0].requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # the order in which convolutions are fast
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] → [B, channels, h, w]
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))
-        for stage in self.stages: x = stage(x)
-        return x
+        with torch.autocast(images.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            x = self.stem(images.contiguous(memory_format=torch.channels_last))
+            for stage in self.stages: x = stage(x)
+        return x.float() if self.bf16 else x
 
 # %% ../nbs/09_features.ipynb #shrink-mask
 def shrink_mask(

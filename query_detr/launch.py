@@ -65,10 +65,13 @@ def coco_folder(given: str | None) -> Path:
     return folder
 
 # %% ../nbs/24_launch.ipynb #datasets
-def datasets(recipe, folder: str | None, limit_train: int | None, limit_val: int | None):
-    "Open the training and the validation set."
+def datasets(recipe, folder: str | None, limit_train: int | None, limit_val: int | None, overfit: int | None = None):
+    "Open the training and the validation set; to overfit, both are the same few training images."
+    if overfit:
+        few, _ = datasets(recipe, folder, overfit, 1)
+        return few, few
     if recipe.data == "shapes" and not folder:
-        return shapes.ShapesDataset(limit_train or 4000, seed=1), shapes.ShapesDataset(limit_val or 200, seed=0)
+        return shapes.ShapesDataset(limit_train or 8000, seed=1), shapes.ShapesDataset(limit_val or 200, seed=0)
     folder = coco_folder(folder)
     return coco.coco_split(folder, "train2017", limit_train), coco.coco_split(folder, "val2017", limit_val)
 
@@ -182,6 +185,7 @@ def main(
     backbone_weights: str | None = None,  # imagenet, none, or a file with a torchvision ResNet's weights
     limit_train: int | None = None,  # use only the first images for training
     limit_val: int | None = None,   # use only the first images for validation
+    overfit: int | None = None,     # train and evaluate on this many training images: the first thing to try when nothing learns
     workers: int | None = None,     # processes that load images, per training process; default: 4 with a GPU, else 0
     set_: list[str] = [],           # FIELD=VALUE … change any field of the recipe, see --print-recipe
     list_recipes: bool = False,     # show all recipes and stop
@@ -196,7 +200,7 @@ def main(
     hint = idle_gpus_hint(process, sys.argv[1:])
     if hint and process.rank == 0: print(hint)
     if chosen.batch_size < process.world: raise data.InputError(f"batch_size = {chosen.batch_size} cannot be shared by {process.world} processes: start fewer, or raise --batch-size")
-    train_set, val_set = datasets(chosen, coco, limit_train, limit_val)
+    train_set, val_set = datasets(chosen, coco, limit_train, limit_val, overfit)
     chosen = match_classes(chosen, train_set, val_set, set_)
     workers = (4 if process.device != "cpu" else 0) if workers is None else workers
     model = build_model(chosen, checkpoint, seed).to(process.device)

@@ -37,6 +37,7 @@ class ModelConfig:
     dilation: bool = False         # DC5
     norm: str = "frozen"           # of the backbone: frozen (pretrained weights), batch or group (from scratch)
     freeze_stem: bool = True       # stem and stage 1 do not learn (pretrained weights)
+    backbone_bf16: bool = False    # convolve in bfloat16; for processors that multiply it natively
     sigmoid_eps: float = 1e-5      # end of `inverse_sigmoid`
 
     def __post_init__(self):
@@ -55,7 +56,7 @@ class QueryDETR(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, c = config, config
-        self.backbone = Backbone(c.backbone, c.norm, c.dilation, c.stages, c.freeze_stem)
+        self.backbone = Backbone(c.backbone, c.norm, c.dilation, c.stages, c.freeze_stem, c.backbone_bf16)
         self.project = nn.Conv2d(self.backbone.channels, c.width, 1)
         self.encoder = Encoder(c.encoder_layers, c.width, c.heads, c.feedforward, c.dropout, c.temperature)
         self.queries = PointQueries(c.queries, c.width)

@@ -85,7 +85,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> AdamW:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [dict(params=[p for name, p in named if name.startswith("backbone.") == is_backbone], lr=lr)
               for is_backbone, lr in ((False, recipe.lr), (True, recipe.backbone_lr))]
-    return AdamW([g for g in groups if g["params"]], weight_decay=recipe.weight_decay)
+    return AdamW([g for g in groups if g["params"]], weight_decay=recipe.weight_decay, fused=True)
 
 # %% ../nbs/20_train.ipynb #make-schedule
 def make_schedule(optimizer: AdamW, recipe: Recipe, steps_per_epoch: int) -> LambdaLR:
