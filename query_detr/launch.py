@@ -71,7 +71,7 @@ def datasets(recipe, folder: str | None, limit_train: int | None, limit_val: int
         few, _ = datasets(recipe, folder, overfit, 1)
         return few, few
     if recipe.data == "shapes" and not folder:
-        return shapes.ShapesDataset(limit_train or 8000, seed=1), shapes.ShapesDataset(limit_val or 200, seed=0)
+        return shapes.ShapesDataset(limit_train or 4000, seed=1, most=recipe.scene_objects), shapes.ShapesDataset(limit_val or 200, seed=0)
     folder = coco_folder(folder)
     return coco.coco_split(folder, "train2017", limit_train), coco.coco_split(folder, "val2017", limit_val)
 

@@ -49,11 +49,14 @@ def background(rng: np.random.Generator) -> np.ndarray:  # [SIDE, SIDE, 3] int
     return (rows[:, at] * (step - t) + rows[:, at + 1] * t) // step**2
 
 # %% ../nbs/03_shapes.ipynb #object-sizes
-def object_sizes(rng: np.random.Generator) -> list[tuple[int, int]]:
+def object_sizes(
+    rng: np.random.Generator,
+    most: int = 4,  # objects
+) -> list[tuple[int, int]]:
     "Draw heights and widths: at most one large object, biggest first."
     if rng.integers(100) < 6: return []
     ranges = {"small": (20, 32), "medium": (34, 65), "large": (100, 121)}
-    kinds = ["small" if rng.integers(100) < 40 else "medium" for _ in range(rng.integers(1, 5))]
+    kinds = ["small" if rng.integers(100) < 40 else "medium" for _ in range(rng.integers(1, most + 1))]
     if rng.integers(100) < 8: kinds[0] = "large"
     sizes = []
     for kind in kinds:
@@ -130,12 +133,15 @@ class _Canvas:
                      np.array(self.labels, np.int64), np.array(self.crowd, bool))
 
 # %% ../nbs/03_shapes.ipynb #draw-scene
-def draw_scene(seed: int, index: int) -> Scene:
+def draw_scene(
+    seed: int, index: int,
+    most: int = 4,  # objects, crowds not counted
+) -> Scene:
     "Draw scene `index` of the series `seed`: the same pixels on every machine, whatever was drawn before."
     rng = np.random.default_rng([seed, index])
     canvas = _Canvas(rng)
     if rng.integers(100) < 8: canvas.add_crowd()
-    for height, width in object_sizes(rng): canvas.add_object(height, width)
+    for height, width in object_sizes(rng, most): canvas.add_object(height, width)
     return canvas.finish()
 
 # %% ../nbs/03_shapes.ipynb #fingerprint
@@ -156,9 +162,10 @@ class ShapesDataset:
         self,
         length: int,    # scenes
         seed: int = 0,  # series; the demonstration trains on series 1 and validates on series 0
+        most: int = 4,  # objects in a scene; more of them teach more per scene
     ):
         if length < 1: raise InputError(f"a data set of {length} scenes: ask for at least 1")
-        self.length, self.seed, self._drawn = length, seed, {}
+        self.length, self.seed, self.most, self._drawn = length, seed, most, {}
 
     def __len__(self): return self.length
 
@@ -169,7 +176,7 @@ class ShapesDataset:
     def scene(self, i: int) -> Scene:
         "Draw scene `i`, or take it from memory if it was drawn before."
         if not 0 <= i < len(self): raise IndexError(f"scene {i} of {len(self)}")
-        if i not in self._drawn: self._drawn[i] = draw_scene(self.seed, i)
+        if i not in self._drawn: self._drawn[i] = draw_scene(self.seed, i, self.most)
         return self._drawn[i]
 
     def __getitem__(self, i: int) -> tuple[Image.Image, Tensor, Tensor]:
