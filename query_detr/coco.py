@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUT', 'read_annotations', 'CocoDetection', 'coco_split', 'resized', 'ResizeShortSide', 'RandomSizedCrop',
-           'to_tensor', 'train_transform', 'eval_transform', 'Transformed']
+           'to_tensor', 'eval_transform', 'train_transform', 'Transformed']
 
 # %% ../nbs/05_coco.ipynb #imports
 import json
@@ -183,16 +183,6 @@ def to_tensor() -> v2.Transform:
     "Turn a picture into normalised numbers (mean and standard deviation of ImageNet)."
     return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
 
-# %% ../nbs/05_coco.ipynb #train-transform
-def train_transform(augmentation: str = "detr") -> v2.Transform:
-    "Make the training augmentation: `detr` as published, `flip`, or `none`."
-    if augmentation == "none": return to_tensor()
-    if augmentation == "flip": return v2.Compose([v2.RandomHorizontalFlip(), to_tensor()])
-    if augmentation != "detr": raise InputError(f"no augmentation is called {augmentation!r}: choose detr, flip or none")
-    resize = ResizeShortSide(list(range(480, 801, 32)), 1333)
-    crop = v2.Compose([ResizeShortSide([400, 500, 600]), RandomSizedCrop(384, 600), resize])
-    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, crop]), to_tensor()])
-
 # %% ../nbs/05_coco.ipynb #eval-transform
 def eval_transform(
     short: int | None = 800,     # shorter side in pixels; None leaves the size
@@ -200,6 +190,20 @@ def eval_transform(
 ) -> v2.Transform:
     "Make the transform of evaluation, without randomness."
     return to_tensor() if short is None else v2.Compose([ResizeShortSide([short], longest), to_tensor()])
+
+# %% ../nbs/05_coco.ipynb #train-transform
+def train_transform(
+    augmentation: str = "detr",  # detr: as published; flip: only mirrored; none
+    short: int | None = None,    # of flip and none: shorter side in pixels, as at evaluation
+    longest: int | None = None,
+) -> v2.Transform:
+    "Make the transform of training."
+    if augmentation == "none": return eval_transform(short, longest)
+    if augmentation == "flip": return v2.Compose([v2.RandomHorizontalFlip(), eval_transform(short, longest)])
+    if augmentation != "detr": raise InputError(f"no augmentation is called {augmentation!r}: choose detr, flip or none")
+    resize = ResizeShortSide(list(range(480, 801, 32)), 1333)
+    crop = v2.Compose([ResizeShortSide([400, 500, 600]), RandomSizedCrop(384, 600), resize])
+    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, crop]), to_tensor()])
 
 # %% ../nbs/05_coco.ipynb #transformed
 class Transformed:

@@ -228,7 +228,7 @@ class Progress:
 def train_epoch(progress, train_set, criterion, log, process, micro_batch, workers, log_every):
     "Take all steps of one epoch."
     recipe = progress.recipe
-    images = Transformed(train_set, train_transform(recipe.augmentation), progress.seed, progress.epoch)
+    images = Transformed(train_set, train_transform(recipe.augmentation, recipe.short_side or None, recipe.longest_side), progress.seed, progress.epoch)
     steps = [micro_batches(s, process, micro_batch) for s in epoch_steps(len(images), recipe.batch_size, progress.seed, progress.epoch)]
     started, last = time.perf_counter(), progress.step
     for i, batches in enumerate(load_steps(images, steps, workers), 1):
