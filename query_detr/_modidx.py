@@ -253,5 +253,6 @@ d = { 'settings': { 'branch': 'main',
                                   'query_detr.train.make_schedule': ('train.html#make_schedule', 'query_detr/train.py'),
                                   'query_detr.train.micro_batches': ('train.html#micro_batches', 'query_detr/train.py'),
                                   'query_detr.train.plain': ('train.html#plain', 'query_detr/train.py'),
+                                  'query_detr.train.seed_dropout': ('train.html#seed_dropout', 'query_detr/train.py'),
                                   'query_detr.train.train_epoch': ('train.html#train_epoch', 'query_detr/train.py'),
                                   'query_detr.train.train_step': ('train.html#train_step', 'query_detr/train.py')}}}

@@ -219,7 +219,7 @@ class Transformed:
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=original_size)
         image_id = self.dataset.image_ids[i]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(*self.key, image_id))
+            torch.default_generator.manual_seed(seed_of(*self.key, image_id))
             image, boxes = self.transform(image, boxes)
         boxes = boxes.as_subclass(Tensor)
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)

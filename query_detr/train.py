@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Process', 'epoch_steps', 'micro_batches', 'load_steps', 'make_optimizer', 'make_schedule', 'compute_gradients',
-           'train_step', 'evaluate', 'gather_rows', 'RunLog', 'plain', 'Progress', 'train_epoch', 'fit']
+           'train_step', 'evaluate', 'gather_rows', 'RunLog', 'plain', 'Progress', 'seed_dropout', 'train_epoch', 'fit']
 
 # %% ../nbs/20_train.ipynb #imports
 import json
@@ -224,6 +224,12 @@ class Progress:
         self.optimizer.load_state_dict(content["optimizer"]), self.schedule.load_state_dict(content["schedule"])
         self.epoch, self.step = content["epoch"], content["step"]
 
+# %% ../nbs/20_train.ipynb #seed-dropout
+def seed_dropout(seed: int) -> None:
+    "Let dropout depend on the step alone, so that a resumed run draws the same."
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a call, with its traceback, for GPUs that are never used
+    if torch.cuda.is_initialized(): torch.cuda.manual_seed(seed)
+
 # %% ../nbs/20_train.ipynb #train-epoch
 def train_epoch(progress, train_set, criterion, log, process, micro_batch, workers, log_every):
     "Take all steps of one epoch."
@@ -232,7 +238,7 @@ def train_epoch(progress, train_set, criterion, log, process, micro_batch, worke
     steps = [micro_batches(s, process, micro_batch) for s in epoch_steps(len(images), recipe.batch_size, progress.seed, progress.epoch)]
     started, last = time.perf_counter(), progress.step
     for i, batches in enumerate(load_steps(images, steps, workers), 1):
-        torch.manual_seed(seed_of(progress.seed, progress.step, process.rank))  # dropout depends on the step alone: a resumed run draws the same
+        seed_dropout(seed_of(progress.seed, progress.step, process.rank))
         losses, norm = train_step(progress.model, batches, criterion, progress.optimizer, progress.schedule, recipe.clip, process)
         progress.step += 1
         log.bar.update()
