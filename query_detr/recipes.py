@@ -31,7 +31,7 @@ class Recipe:
     data: str = "coco"                # coco, or shapes (drawn, no download)
     scene_objects: int = 4            # most objects in a drawn training scene; validation scenes have up to 4
     augmentation: str = "detr"        # detr, flip or none
-    short_side: int = 800             # pixels at evaluation; 0 leaves the images as they are
+    short_side: int = 800             # pixels at evaluation (and at training without the published augmentation); 0 leaves the images as they are
     longest_side: int = 1333          # pixels
     epochs: int = 50
     drop_epoch: int = 40              # learning rates × 0.1 from here on (schedule = step)
@@ -102,8 +102,8 @@ RECIPES = [
     Recipe("shapes_demo", "this project", note="Drawn scenes; AP is that of 200 held-out ones. Trains on fuller scenes than it is judged on: more objects teach more per image. On processors without bfloat16: --set backbone_bf16=false.",
            model=ModelConfig(classes=5, queries=25, width=128, heads=8, encoder_layers=2, decoder_layers=3, feedforward=256, dropout=0.0,
                              backbone="resnet10", stages=3, norm="batch", freeze_stem=False, backbone_bf16=True),
-           data="shapes", scene_objects=20, augmentation="flip", short_side=0, epochs=10, schedule="cosine", warmup=100, batch_size=8,
-           lr=4e-4, backbone_lr=4e-4, clip=0.1, backbone_weights="none", evaluate_every=2, eval_batch_size=50),
+           data="shapes", scene_objects=10, augmentation="flip", short_side=0, epochs=10, drop_epoch=8, warmup=100, batch_size=8,
+           lr=4e-4, backbone_lr=4e-4, clip=0.1, backbone_weights="none", evaluate_every=5, eval_batch_size=50),
 ]
 
 recipes = {recipe.name: recipe for recipe in RECIPES}
