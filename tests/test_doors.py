@@ -43,7 +43,7 @@ def train(coco, *more):
     return launch.command_line(["--recipe", "conditional_detr_12ep", "--coco", str(coco), "--epochs", "1", "--batch-size", "2", "--backbone-weights", "none", "--set", *TINY, *more])
 
 
-def refused(capsys, status, *words):
+def check_refusal(capsys, status, *words):
     "Check exit status, length and content of an error."
     lines = capsys.readouterr().err.strip().splitlines()
     errors = lines[next(i for i, line in enumerate(lines) if line.startswith("error: ")):]
@@ -57,30 +57,30 @@ def test_a_good_run_succeeds_and_leaves_its_folder(coco, capsys):
 
 
 def test_unknown_recipe(capsys):
-    refused(capsys, launch.command_line(["--recipe", "conditional_50ep"]), "'conditional_50ep'", "did you mean conditional_detr_50ep", "shapes_demo")
+    check_refusal(capsys, launch.command_line(["--recipe", "conditional_50ep"]), "'conditional_50ep'", "did you mean conditional_detr_50ep", "shapes_demo")
 
 
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: (p / "val2017").mkdir(parents=True)])
 def test_missing_or_wrong_coco_folder(tmp_path, capsys, make):
     make(tmp_path / "mine")
-    refused(capsys, train(tmp_path / "mine"), "mine", "--coco", "annotations/instances_train2017.json")
+    check_refusal(capsys, train(tmp_path / "mine"), "mine", "--coco", "annotations/instances_train2017.json")
 
 
 def test_image_that_is_not_on_disk(coco, capsys):
     (coco / "train2017" / "000002.png").unlink()
-    refused(capsys, train(coco), "000002.png", "not on disk")
+    check_refusal(capsys, train(coco), "000002.png", "not on disk")
 
 
 def test_image_that_is_not_on_disk_is_told_as_briefly_by_a_loading_process(coco, capsys):
     (coco / "train2017" / "000002.png").unlink()
-    refused(capsys, train(coco, "--workers", "1"), "000002.png", "not on disk")
+    check_refusal(capsys, train(coco, "--workers", "1"), "000002.png", "not on disk")
 
 
 def test_truncated_image(coco, capsys):
     path = coco / "train2017" / "000001.png"
     ShapesDataset(4, 1)[1][0].save(path, format="JPEG")
     path.write_bytes(path.read_bytes()[:1500])
-    refused(capsys, train(coco), "000001.png", "truncated", "fetch it again")
+    check_refusal(capsys, train(coco), "000001.png", "truncated", "fetch it again")
 
 
 @pytest.mark.parametrize("text, words", [
@@ -88,7 +88,7 @@ def test_truncated_image(coco, capsys):
     ('{"images": [{"id": 1}], "annotations": [], "categories": []}', ["images[0]", "'file_name'"])])
 def test_json_that_is_not_coco(coco, capsys, text, words):
     (coco / "annotations" / "instances_train2017.json").write_text(text)
-    refused(capsys, train(coco), "instances_train2017.json", *words)
+    check_refusal(capsys, train(coco), "instances_train2017.json", *words)
 
 
 def flatten_boxes(number):
@@ -105,16 +105,16 @@ def test_boxes_without_size_are_counted_and_dropped_with_one_warning(coco):
 
 def test_data_of_which_all_boxes_have_no_size(coco, capsys):
     edit(coco, flatten_boxes(None))
-    refused(capsys, train(coco), "instances_train2017.json", "all", "no width")
+    check_refusal(capsys, train(coco), "instances_train2017.json", "all", "no width")
 
 
 def test_labels_outside_the_class_range(coco, capsys):
-    refused(capsys, train(coco, "classes=3"), "5 classes", "classes=3")
+    check_refusal(capsys, train(coco, "classes=3"), "5 classes", "classes=3")
 
 
 def test_category_that_the_file_does_not_list(coco, capsys):
     edit(coco, lambda content: content["annotations"][0].update(category_id=77))
-    refused(capsys, train(coco), "category_id 77", "categories")
+    check_refusal(capsys, train(coco), "category_id 77", "categories")
 
 
 def test_more_objects_than_queries_warns_once_and_trains_on(coco):
@@ -128,26 +128,26 @@ def test_imagenet_weights_without_a_network(coco, capsys, monkeypatch):
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
     status = launch.command_line(["--recipe", "conditional_detr_12ep", "--coco", str(coco)])
-    refused(capsys, status, "resnet50-0676ba61.pth", "--backbone-weights")
+    check_refusal(capsys, status, "resnet50-0676ba61.pth", "--backbone-weights")
 
 
 def test_checkpoint_of_another_model(coco, capsys, small):
     checkpoints.save({"model": QueryDETR(small).state_dict()}, "other.pt")
-    refused(capsys, train(coco, "--checkpoint", "other.pt"), "other.pt", "another model", "backbone.stem.1.running_mean")
+    check_refusal(capsys, train(coco, "--checkpoint", "other.pt"), "other.pt", "another model", "backbone.stem.1.running_mean")
 
 
 def test_checkpoint_that_is_cut_off(coco, capsys, small):
     checkpoints.save({"model": QueryDETR(small).state_dict()}, "whole.pt")
     Path("cut.pt").write_bytes(Path("whole.pt").read_bytes()[:5000])
-    refused(capsys, train(coco, "--checkpoint", "cut.pt"), "cut.pt", "cannot be read")
+    check_refusal(capsys, train(coco, "--checkpoint", "cut.pt"), "cut.pt", "cannot be read")
 
 
 def test_output_folder_of_another_run(coco, capsys):
     assert train(coco, "--output", "mine") == 0
     before = {path.name: path.read_bytes() for path in Path("mine").iterdir()}
     capsys.readouterr()
-    refused(capsys, train(coco, "--output", "mine"), "mine", "--resume", "--output")
-    refused(capsys, train(coco, "--output", "mine", "--resume", "--seed", "7"), "seed was 0, is 7")
+    check_refusal(capsys, train(coco, "--output", "mine"), "mine", "--resume", "--output")
+    check_refusal(capsys, train(coco, "--output", "mine", "--resume", "--seed", "7"), "seed was 0, is 7")
     assert before == {path.name: path.read_bytes() for path in Path("mine").iterdir()}
 
 
@@ -155,7 +155,7 @@ def test_output_folder_of_another_run(coco, capsys):
     ("widht=128", ["widht", "width"]), ("width=many", ["width=many", "int"]), ("dilation=perhaps", ["true or false"]), ("width", ["FIELD=VALUE"]),
     ("width=30", ["width = 30", "heads"]), ("label=3", ["cost.label", "loss.label"]), ("schedule=sometimes", ["schedule", "cosine"])])
 def test_settings_that_no_recipe_has(capsys, text, words):
-    refused(capsys, launch.command_line(["--recipe", "shapes_demo", "--set", text]), *words)
+    check_refusal(capsys, launch.command_line(["--recipe", "shapes_demo", "--set", text]), *words)
 
 
 def test_as_a_script_the_exit_status_is_2(coco):
@@ -164,7 +164,7 @@ def test_as_a_script_the_exit_status_is_2(coco):
 
 
 def test_nothing_runs_without_a_recipe(capsys):
-    refused(capsys, launch.command_line([]), "--recipe")
+    check_refusal(capsys, launch.command_line([]), "--recipe")
 
 
 def test_recipe_lists_itself(capsys):
