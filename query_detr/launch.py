@@ -149,7 +149,8 @@ def draw_detections(model, batch, class_names, threshold: float, axes) -> None:
 def closing_table(recipe, metrics: dict, folder: Path | None) -> str:
     "Write down what was reached, beside what was published."
     lines = [f"{name:<10} {value:.3f}" for name, value in metrics.items()]
-    published = f"published for this recipe on COCO val2017: AP {recipe.published_ap / 100:.3f} ({recipe.source})" if recipe.published_ap else ""
+    as_published = recipe.published_ap and not recipes.differences(recipe, recipes.recipes[recipe.name])
+    published = f"published for these settings, trained on all of COCO train2017: AP {recipe.published_ap / 100:.3f} ({recipe.source})" if as_published else ""
     return "\n".join([f"Recipe {recipe.name}", *lines, *([published] if published else []), *([f"Run folder: {folder}"] if folder else [])])
 
 # %% ../nbs/24_launch.ipynb #choose-recipe
