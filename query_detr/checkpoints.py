@@ -94,9 +94,10 @@ def load_backbone(
 
 # %% ../nbs/19_checkpoints.ipynb #detrex
 DETREX = (  # detrex's names → ours, applied one after the other
-    (r"^input_proj", "project"), (r"^query_embed", "queries.embedding"), (r"^class_embed", "class_head"), (r"^bbox_embed", "box_head"),
+    (r"^input_proj", "project"), (r"^(query|anchor_box)_embed", "queries.embedding"), (r"^denoising_generator\.label_encoder", "labels.table"), (r"^class_embed", "class_head"), (r"^bbox_embed", "box_head"),
     (r"^transformer\.decoder\.query_scale", "queries.content_scale"), (r"^transformer\.decoder\.ref_point_head", "queries.point_head"),
-    (r"^transformer\.decoder\.post_norm_layer", "decoder.norm"), (r"^transformer\.", ""),
+    (r"^transformer\.decoder\.ref_anchor_head", "queries.size_head"), (r"^transformer\.encoder\.query_scale", "encoder.position_scale"),
+    (r"^transformer\.decoder\.post_norm_layer", "decoder.norm"), (r"^transformer\.", ""), (r"ffns\.0\.activation", "activation"),
     (r"^(encoder\.layers\.\d+)\.attentions\.0\.attn", r"\1.attention"),
     (r"^(decoder\.layers\.\d+)\.attentions\.0", r"\1.self_attention"), (r"^(decoder\.layers\.\d+)\.attentions\.1", r"\1.cross_attention"),
     (r"ffns\.0\.layers\.0\.0", "widen"), (r"ffns\.0\.layers\.1", "narrow"),
@@ -118,8 +119,10 @@ def rename(
 
 # %% ../nbs/19_checkpoints.ipynb #from-detrex
 def from_detrex(weights: dict) -> dict:
-    "Translate a detrex Conditional DETR's weights (without the backbone)."
-    return rename({k: v for k, v in weights.items() if not k.startswith("backbone.")}, DETREX)
+    "Translate the weights of detrex's Conditional DETR, Group DETR, DAB-DETR or DN-DETR (without the backbone)."
+    twice = re.compile(r"backbone\.|transformer\.decoder\.bbox_embed|.*ffns\.0\.layers\.0\.1")  # the box head and PReLU stand there under two names
+    rules = (*DETREX, (r"^queries\.point_head", "queries.position_head")) if "anchor_box_embed.weight" in weights else DETREX
+    return rename({k: v for k, v in weights.items() if not twice.match(k)}, rules)
 
 # %% ../nbs/19_checkpoints.ipynb #transformers
 TRANSFORMERS = (  # the names of Hugging Face transformers, version 5 → ours

@@ -78,6 +78,14 @@ class Predictions:
     logits: Tensor  # [L, B, Q, C] before the sigmoid
     boxes: Tensor   # [L, B, Q, 4] cxcywh in 0..1
 
+    def part(self, queries: slice):
+        "Take the predictions of some queries."
+        return Predictions(self.logits[:, :, queries], self.boxes[:, :, queries])
+
+    def last(self):
+        "Take the predictions of the last layer; there still is a dimension of layers, of length 1."
+        return Predictions(self.logits[-1:], self.boxes[-1:])
+
 # %% ../nbs/02_data.ipynb #assignment
 @dataclass(eq=False)
 class Assignment:

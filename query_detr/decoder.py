@@ -11,10 +11,9 @@ from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
 
 from .features import Memory
-from .layers import attend
+from .layers import ACTIVATIONS, attend
 from .queries import QueryState
 
 # %% ../nbs/11_decoder.ipynb #self-attention
@@ -77,13 +76,13 @@ class ConditionalCrossAttention(nn.Module):
 # %% ../nbs/11_decoder.ipynb #layer
 class ConditionalDecoderLayer(nn.Module):
     "Self-attention, conditional cross-attention and a feed-forward network, each with a residual and a norm behind it."
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, first: bool):
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, first: bool, activation: str = "relu"):
         super().__init__()
         self.self_attention = SelfAttention(width, heads, dropout)
         self.cross_attention = ConditionalCrossAttention(width, heads, dropout, first)
         self.widen, self.narrow = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.dropout = nn.Dropout(dropout)
+        self.activation, self.dropout = ACTIVATIONS[activation](), nn.Dropout(dropout)
 
     def forward(
         self,
@@ -95,14 +94,14 @@ class ConditionalDecoderLayer(nn.Module):
     ) -> Tensor:                # [B, N, D]
         content = self.norms[0](content + self.dropout(self.self_attention(content, query_pos, self_attention)))
         content = self.norms[1](content + self.dropout(self.cross_attention(content, query_pos, spatial_query, memory)))
-        return self.norms[2](content + self.dropout(self.narrow(self.dropout(relu(self.widen(content))))))
+        return self.norms[2](content + self.dropout(self.narrow(self.dropout(self.activation(self.widen(content))))))
 
 # %% ../nbs/11_decoder.ipynb #decoder
 class Decoder(nn.Module):
     "Let queries look at each other and at the image, layer after layer."
-    def __init__(self, layers: int, width: int, heads: int, feedforward: int, dropout: float):
+    def __init__(self, layers: int, width: int, heads: int, feedforward: int, dropout: float, activation: str = "relu"):
         super().__init__()
-        self.layers = nn.ModuleList(ConditionalDecoderLayer(width, heads, feedforward, dropout, first=i == 0) for i in range(layers))
+        self.layers = nn.ModuleList(ConditionalDecoderLayer(width, heads, feedforward, dropout, i == 0, activation) for i in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(
@@ -112,12 +111,13 @@ class Decoder(nn.Module):
         memory: Memory,
         box_head: Callable[[Tensor], Tensor],
         self_attention: Callable = attend,
-    ) -> tuple[Tensor, Tensor]:  # hidden [L, B, N, D], references [L, B, N, 2 or 4] that each layer started from
+    ) -> tuple[Tensor, Tensor]:  # hidden [L, B, N, D], references [L, B, Q, 2 or 4] that each layer's prediction starts from
         "Run all layers, each on the content and the references that the one before it left."
-        hidden, references = [], []
+        hidden, references, refined = [], [], state.reference
         for i, layer in enumerate(self.layers):
-            references.append(state.reference)
+            references.append(refined)
             content = layer(state.content, *queries.position(state, i), memory, self_attention)
-            state = replace(state, content=content, reference=queries.refine(state.reference, content, box_head))
+            refined, reference = queries.refine(state.reference, content, box_head)
+            state = replace(state, content=content, reference=reference)
             hidden.append(self.norm(content))
         return torch.stack(hidden), torch.stack(references)

@@ -12,12 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, relu
+from torch.nn.functional import interpolate
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from .data import InputError
-from .layers import sine_embedding
+from .layers import ACTIVATIONS, MLP, sine_embedding
 
 # %% ../nbs/09_features.ipynb #names
 BLOCKS = {"resnet10": (resnet.BasicBlock, [1, 1, 1, 1]), "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
@@ -91,18 +91,18 @@ class Memory:
 # %% ../nbs/09_features.ipynb #encoder-layer
 class EncoderLayer(nn.Module):
     "Self-attention over the image and a feed-forward network, each with a residual and a norm behind it (DETR, figure 10)."
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float):
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, activation: str = "relu"):
         super().__init__()
         self.attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
         self.widen, self.narrow = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.dropout = nn.Dropout(dropout)
+        self.activation, self.dropout = ACTIVATIONS[activation](), nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, positions: Tensor, pad_mask: Tensor) -> Tensor:  # [B, S, D] → [B, S, D]
         q = tokens + positions
         attended, _ = self.attention(q, q, tokens, key_padding_mask=pad_mask, need_weights=False)
         tokens = self.norms[0](tokens + self.dropout(attended))
-        return self.norms[1](tokens + self.dropout(self.narrow(self.dropout(relu(self.widen(tokens))))))
+        return self.norms[1](tokens + self.dropout(self.narrow(self.dropout(self.activation(self.widen(tokens))))))
 
 # %% ../nbs/09_features.ipynb #encoder
 class Encoder(nn.Module):
@@ -111,9 +111,12 @@ class Encoder(nn.Module):
         self,
         layers: int, width: int, heads: int, feedforward: int, dropout: float,
         temperature: float = 10000.0,  # of the position embedding
+        activation: str = "relu",      # a key of `ACTIVATIONS`
+        scale_positions: bool = False,  # DAB-DETR: what a token holds scales its position, in every layer by one shared MLP
     ):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(width, heads, feedforward, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, feedforward, dropout, activation) for _ in range(layers))
+        self.position_scale = MLP(width, width, width, 2) if scale_positions else None
         self.temperature = temperature
 
     def forward(
@@ -123,5 +126,7 @@ class Encoder(nn.Module):
     ) -> Memory:
         positions = image_positions(pad_mask, features.shape[1], self.temperature)
         tokens, mask = features.flatten(2).transpose(1, 2), pad_mask.flatten(1)
-        for layer in self.layers: tokens = layer(tokens, positions, mask)
+        for layer in self.layers:
+            scaled = positions * self.position_scale(tokens) if self.position_scale else positions
+            tokens = layer(tokens, scaled, mask)
         return Memory(tokens, positions, mask, tuple(features.shape[-2:]))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['start_process', 'idle_gpus_hint', 'coco_folder', 'datasets', 'adapt', 'free_folder', 'prepare_folder', 'build_model',
-           'match_classes', 'save_pictures', 'draw_detections', 'closing_table', 'choose_recipe', 'choose_folder',
-           'main', 'shared_folder', 'run', 'report', 'make_parser', 'command_line']
+           'match_classes', 'save_pictures', 'draw_detections', 'closing_table', 'choose_recipe', 'recipe_text',
+           'choose_folder', 'main', 'shared_folder', 'run', 'report', 'make_parser', 'command_line']
 
 # %% ../nbs/24_launch.ipynb #path
 import os
@@ -50,7 +50,7 @@ def start_process(port_timeout_minutes: int = 30) -> "training.Process":
     return training.Process(dist.get_rank(), dist.get_world_size(), device)
 
 # %% ../nbs/24_launch.ipynb #idle-gpus-hint
-def idle_gpus_hint(process, arguments: list[str]) -> str | None:
+def idle_gpus_hint(arguments: list[str]) -> str | None:
     "Say how to use the GPUs of this machine that have nothing to do."
     gpus, used = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus <= used: return None
@@ -161,6 +161,13 @@ def choose_recipe(name: str, epochs, batch_size, chosen, backbone_weights):
     recipe = recipes.change(recipe, {k: v for k, v in numbers.items() if v is not None})
     return adapt(recipe, backbone_weights, chosen)
 
+# %% ../nbs/24_launch.ipynb #recipe-text
+def recipe_text(recipe, against: str | None) -> str:
+    "Write down all fields of a recipe, or those in which it differs from another."
+    if not against: return "\n".join(f"{k} = {v}" for k, v in recipes.settings(recipe).items())
+    differing = recipes.differences(recipe, recipes.recipe_named(against))
+    return "\n".join(f"{k} = {a}  ({against}: {b})" for k, (a, b) in differing.items())
+
 # %% ../nbs/24_launch.ipynb #choose-folder
 def choose_folder(output: str | None, resume: str | None, recipe_name: str) -> Path:
     "Settle where the run lives: what the user named, the folder of the run to resume, or a new one."
@@ -179,6 +186,7 @@ def main(
     resume: str | None = None,      # continue from the output folder's checkpoint, or from this file
     eval_only: bool = False,        # evaluate --checkpoint and stop
     checkpoint: str | None = None,  # weights to start from, or to evaluate
+    group: int | None = None,       # with --eval-only: evaluate this group of queries instead of group 0
     epochs: int | None = None,      # instead of the recipe's
     batch_size: int | None = None,  # images of one optimisation step in total, over all processes
     micro_batch: int | None = None,  # most images that one process holds at once; the rest of its share is accumulated
@@ -190,24 +198,29 @@ def main(
     workers: int | None = None,     # processes that load images, per training process; default: 4 with a GPU, else 0
     set_: list[str] = [],           # FIELD=VALUE … change any field of the recipe, see --print-recipe
     list_recipes: bool = False,     # show all recipes and stop
-    print_recipe: bool = False,     # show all fields of the recipe and stop
+    print_recipe: str | None = None,  # show all fields of this recipe, or of --recipe, and stop
+    against: str | None = None,     # with --print-recipe: show only the fields in which that recipe differs from this one
+    log_instability: bool = False,  # after every epoch, log the share of queries that answer for another object than an epoch before
 ) -> dict:
     "Train a recipe on COCO (or on drawn scenes), evaluate it, and leave a folder with numbers, weights and pictures."
     if list_recipes: return print("\n".join(f"{r.name:<32} {r.published_ap or '':<5} {r.source}" for r in recipes.RECIPES)) or {}
-    chosen = choose_recipe(recipe, epochs, batch_size, set_, backbone_weights)
-    if print_recipe: return print("\n".join(f"{k} = {v}" for k, v in recipes.settings(chosen).items())) or {}
+    if against and print_recipe is None: raise data.InputError("--against compares with the recipe of --print-recipe: name that one too")
+    chosen = choose_recipe(print_recipe or recipe, epochs, batch_size, set_, backbone_weights)
+    if print_recipe is not None: return print(recipe_text(chosen, against)) or {}
     if eval_only and not checkpoint: raise data.InputError("--eval-only needs --checkpoint FILE: there is nothing to evaluate")
+    if group is not None and not eval_only: raise data.InputError("--group chooses what --eval-only evaluates: training needs all groups")
     process = start_process()
-    hint = idle_gpus_hint(process, sys.argv[1:])
+    hint = idle_gpus_hint(sys.argv[1:])
     if hint and process.rank == 0: print(hint)
     if chosen.batch_size < process.world: raise data.InputError(f"batch_size = {chosen.batch_size} cannot be shared by {process.world} processes: start fewer, or raise --batch-size")
     train_set, val_set = datasets(chosen, coco, limit_train, limit_val, overfit)
     chosen = match_classes(chosen, train_set, val_set, set_)
     workers = (4 if process.device != "cpu" else 0) if workers is None else workers
     model = build_model(chosen, checkpoint, seed).to(process.device)
+    if group is not None: model = models.one_group(model, group)
     if eval_only: return report(chosen, training.evaluate(model, val_set, chosen, process, workers), None, process)
     folder = shared_folder(output, resume, recipe, process)
-    return run(model, chosen, train_set, val_set, folder, process, resume, seed, micro_batch, workers)
+    return run(model, chosen, train_set, val_set, folder, process, resume, seed, micro_batch, workers, log_instability)
 
 # %% ../nbs/24_launch.ipynb #shared-folder
 def shared_folder(output, resume, recipe_name, process) -> Path:
@@ -217,7 +230,7 @@ def shared_folder(output, resume, recipe_name, process) -> Path:
     return folder[0]
 
 # %% ../nbs/24_launch.ipynb #run
-def run(model, recipe, train_set, val_set, folder: Path, process, resume, seed: int, micro_batch, workers: int) -> dict:
+def run(model, recipe, train_set, val_set, folder: Path, process, resume, seed: int, micro_batch, workers: int, log_instability: bool = False) -> dict:
     "Train, evaluate, draw."
     optimizer = training.make_optimizer(model, recipe)
     schedule = training.make_schedule(optimizer, recipe, len(training.epoch_steps(len(train_set), recipe.batch_size, seed, 0)))
@@ -225,7 +238,7 @@ def run(model, recipe, train_set, val_set, folder: Path, process, resume, seed: 
     if resume: progress.resume(folder / "checkpoint.pt" if resume == "auto" else Path(resume))
     if process.rank == 0: prepare_folder(folder, recipe, bool(resume))
     if process.world > 1: progress.model = DistributedDataParallel(model, device_ids=[model.class_head.weight.device] if process.device != "cpu" else None)
-    metrics = training.fit(progress, train_set, val_set, folder, process, micro_batch, workers)
+    metrics = training.fit(progress, train_set, val_set, folder, process, micro_batch, workers, log_instability=log_instability)
     if process.rank == 0: save_pictures(model, val_set, recipe, folder, process.device)
     return report(recipe, metrics, folder, process)
 
@@ -246,6 +259,7 @@ def make_parser(function=main) -> argparse.ArgumentParser:
         how = dict(action="store_true") if default is False else dict(type=kind, default=default)
         if default == []: how = dict(nargs="+", default=[], action="extend", metavar="FIELD=VALUE")
         if name == "resume": how = dict(nargs="?", const="auto", metavar="FILE")
+        if name == "print_recipe": how = dict(nargs="?", const="", metavar="RECIPE")
         parser.add_argument(option, dest=name, help=(comments[name] or "").replace("%", "%%"), **how)
     return parser
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGET', 'PREDICTION', 'OTHER_GROUP', 'NOISE', 'MEAN', 'STD', 'new_axes', 'show_image', 'show_boxes', 'show_cost',
-           'show_matches', 'show_attention', 'read_metrics', 'show_curves', 'show_detections']
+           'show_matches', 'show_attention', 'role_of', 'show_visibility', 'show_noise', 'show_group_matches',
+           'show_match_history', 'read_metrics', 'show_curves', 'show_detections']
 
 # %% ../nbs/04_plots.ipynb #imports
 import json
@@ -14,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
@@ -121,6 +123,88 @@ def show_attention(
         if row == 0: ax.set_title(column_names[column], fontsize=9)
         if column == 0: ax.text(-0.08, 0.5, row_names[row], rotation=90, ha="right", va="center", fontsize=10)
     return axes
+
+# %% ../nbs/04_plots.ipynb #role-of
+def role_of(name: str) -> str:
+    "Give a set of queries its colour: noise, group 0 or another group."
+    if name.startswith("noise"): return NOISE
+    return PREDICTION if name == "group 0" else OTHER_GROUP
+
+# %% ../nbs/04_plots.ipynb #show-visibility
+def show_visibility(
+    visible: Tensor,                   # [Q, Q] bool, row may look at column
+    sets: list[tuple[str, int]],       # name and size of each set of queries, in order
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    "Draw who may look at whom: one colour per kind of set that looks, white where it may not."
+    if ax is None: ax = new_axes(size=4)[0, 0]
+    edges = np.cumsum([0, *(size for _, size in sets)])
+    picture = np.ones((*visible.shape, 3))
+    for (name, _), start, end in zip(sets, edges, edges[1:]):
+        picture[start:end][visible[start:end].cpu().numpy()] = to_rgb(role_of(name))
+    ax.imshow(picture, extent=(0, edges[-1], edges[-1], 0), interpolation="nearest")
+    for edge in edges: ax.axhline(edge, color="0.3", linewidth=0.8), ax.axvline(edge, color="0.3", linewidth=0.8)
+    middles = (edges[:-1] + edges[1:]) / 2
+    ax.set_xticks(middles, [name for name, _ in sets], rotation=45, ha="right", fontsize=8)
+    ax.set_yticks(middles, [name for name, _ in sets], fontsize=8)
+    ax.tick_params(length=0)
+    ax.set(xlabel="… may look at", ylabel="a query of …", title=title)
+    return ax
+
+# %% ../nbs/04_plots.ipynb #show-noise
+def show_noise(
+    image: Tensor,             # as in `show_image`
+    boxes: Tensor,             # [T, 4] objects, cxcywh in 0..1
+    noised_boxes: Tensor,      # [T, 4] the same after noise
+    names: list[str],          # [T]
+    noised_names: list[str],   # [T]; one that differs is marked
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    "Draw objects and what noise made of them, joined centre to centre; a flipped label is written in red."
+    ax = show_boxes(image, boxes, colour=TARGET, ax=ax, title=title)
+    for old, new, (x0, y0, x1, y1), name, noised_name in zip(boxes.tolist(), noised_boxes.tolist(), to_xyxy(noised_boxes).tolist(), names, noised_names):
+        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=NOISE, linewidth=1.6, linestyle="--"))
+        ax.plot([old[0], new[0]], [old[1], new[1]], color=NOISE, linewidth=1.5, marker="o", markersize=3)
+        flipped = name != noised_name
+        ax.text(min(max(x0, 0), 0.98), min(max(y0, 0.06), 0.98), f"{name} → {noised_name}" if flipped else name, color="white", fontsize=7, clip_on=True,
+                bbox=dict(facecolor="tab:red" if flipped else NOISE, edgecolor="none", pad=0.8))
+    return ax
+
+# %% ../nbs/04_plots.ipynb #show-group-matches
+def show_group_matches(
+    image: Tensor,         # as in `show_image`
+    target_box: Tensor,    # [4] one object, cxcywh in 0..1
+    boxes: Tensor,         # [K, 4] the prediction that each group matched with it
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    "Draw one object and its K matches, one per group."
+    ax = show_boxes(image, target_box[None], colour=TARGET, ax=ax, title=title)
+    for group, (box, (x0, y0, x1, y1)) in enumerate(zip(boxes.tolist(), to_xyxy(boxes.detach()).tolist())):
+        colour = role_of(f"group {group}")
+        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4, linestyle="--"))
+        ax.plot([box[0], target_box[0]], [box[1], target_box[1]], color=colour, linewidth=1.2)
+        ax.text(*box[:2], str(group), color="white", fontsize=7, ha="center", va="center", clip_on=True, bbox=dict(facecolor=colour, edgecolor="none", boxstyle="circle,pad=0.2"))
+    return ax
+
+# %% ../nbs/04_plots.ipynb #show-match-history
+def show_match_history(
+    history: Tensor,       # [E, N] object of every query at E moments of training; -1: none
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    "Draw which query answers for which object of one image as training goes on; a steady row is a query that keeps its object. Queries that never have one are left out."
+    if ax is None: ax = new_axes(size=4)[0, 0]
+    history = history[:, (history >= 0).any(0)].T
+    objects = history[history >= 0].unique()
+    order = {int(o): i for i, o in enumerate(objects)}
+    table = np.array([[order.get(int(o), np.nan) for o in row] for row in history], dtype=float)
+    ax.imshow(table, cmap="tab10", vmin=-0.5, vmax=9.5, aspect="auto", interpolation="nearest")
+    ax.set(xlabel="epoch", ylabel="query that was ever matched", title=title, yticks=[])
+    ax.set_xticks(range(table.shape[1]), range(1, table.shape[1] + 1))
+    return ax
 
 # %% ../nbs/04_plots.ipynb #read-metrics
 def read_metrics(folder: str | Path) -> list[dict]:  # one dict per line of `metrics.jsonl`

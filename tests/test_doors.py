@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from query_detr import checkpoints, launch
-from query_detr.model import QueryDETR
+from query_detr.data import InputError, Targets
+from query_detr.denoising import Denoising, apply_noise, sample_noise
+from query_detr.model import QueryDETR, one_group
 from query_detr.recipes import recipe_named
 from query_detr.shapes import ShapesDataset
 
@@ -153,7 +155,9 @@ def test_output_folder_of_another_run(coco, capsys):
 
 @pytest.mark.parametrize("text, words", [
     ("widht=128", ["widht", "width"]), ("width=many", ["width=many", "int"]), ("dilation=perhaps", ["true or false"]), ("width", ["FIELD=VALUE"]),
-    ("width=30", ["width = 30", "heads"]), ("label=3", ["cost.label", "loss.label"]), ("schedule=sometimes", ["schedule", "cosine"])])
+    ("width=30", ["width = 30", "heads"]), ("label=3", ["cost.label", "loss.label"]), ("schedule=sometimes", ["schedule", "cosine"]),
+    ("groups=0", ["groups = 0", "at least 1"]), ("box_noise=1.5", ["box_noise = 1.5", "0..1"]), ("label_flip=-0.1", ["label_flip = -0.1", "0..1"]), ("sets=-1", ["sets = -1"]),
+    ("denoising.sets=5", ["denoising.sets = 5", "reference=anchor"]), ("reference=box", ["reference = box", "point, anchor"]), ("activation=gelu", ["activation = gelu", "relu, prelu"])])
 def test_settings_that_no_recipe_has(capsys, text, words):
     check_refusal(capsys, launch.command_line(["--recipe", "shapes_demo", "--set", text]), *words)
 
@@ -172,3 +176,18 @@ def test_recipe_lists_itself(capsys):
     assert "shapes_demo" in capsys.readouterr().out
     assert launch.command_line(["--recipe", "shapes_demo", "--print-recipe", "--set", "lr=0.5"]) == 0
     assert "lr = 0.5" in capsys.readouterr().out and recipe_named("shapes_demo").lr != 0.5
+    assert launch.command_line(["--print-recipe", "shapes_group", "--against", "shapes_demo"]) == 0
+    assert capsys.readouterr().out == "model.groups = 3  (shapes_demo: 1)\n"
+
+
+def test_against_needs_a_recipe_to_compare(capsys): check_refusal(capsys, launch.command_line(["--recipe", "shapes_demo", "--against", "shapes_dab"]), "--against", "--print-recipe")
+
+
+def test_group_is_for_evaluation_and_must_exist(capsys, tmp_path):
+    check_refusal(capsys, launch.command_line(["--recipe", "shapes_group", "--group", "1"]), "--group", "--eval-only")
+    with pytest.raises(InputError, match="groups 0 to 2"): one_group(QueryDETR(recipe_named("shapes_group").model), 3)
+
+
+def test_batch_with_more_objects_than_the_noise_sets_hold():
+    targets = Targets(torch.rand(3, 4), torch.zeros(3, dtype=torch.int64), (1, 2))
+    with pytest.raises(InputError, match="2 objects, a noise set 1 slots"): apply_noise(targets, sample_noise(Denoising(sets=2), 5, targets, (0, 1), 0, 0), 0.4, slots=1)

@@ -80,3 +80,16 @@ def test_killed_run_goes_on_with_resume(trained, tmp_path):
     assert table(output) == table(trained[1])
     steps = [r["step"] for r in records(checkpoint.parent) if "loss" in r]
     assert steps == sorted(set(steps)) == [2, 4]
+
+
+def test_groups_and_noise_train_on_two_processes_and_log_instability(tmp_path):
+    how = ["--recipe", "shapes_group_dn", *TINY[2:], "activation=prelu"]
+    finished(*how, "--log-instability", processes=2, cwd=tmp_path)
+    run = tmp_path / "runs" / "shapes_group_dn"
+    logged = [r for r in records(run) if "objects_of_queries" in r]
+    assert [r["epoch"] for r in logged] == [1, 2] and len(logged[0]["objects_of_queries"]) == 8
+    assert "instability" not in logged[0] and 0 <= logged[1]["instability"] <= logged[1]["instability_of_matched"] <= 1
+    assert all(r["noise_l1_loss"] > 0 for r in records(run) if "loss" in r)
+    evaluated = [*how, "--eval-only", "--checkpoint", str(run / "checkpoint.pt")]
+    first, zero, one = (table(finished(*evaluated, *group, cwd=tmp_path)) for group in ([], ["--group", "0"], ["--group", "1"]))
+    assert len(first) == 12 and first == zero and one.keys() == first.keys()
