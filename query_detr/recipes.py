@@ -16,7 +16,7 @@ from .criterion import LossWeights
 from .data import InputError
 from .denoising import Denoising
 from .matcher import CostWeights
-from .model import ModelConfig
+from .model import ModelConfig, config_from_dict
 
 # %% ../nbs/17_recipes.ipynb #recipe
 @dataclass(frozen=True)
@@ -199,6 +199,5 @@ def set_fields(
 # %% ../nbs/17_recipes.ipynb #recipe-from-dict
 def recipe_from_dict(content: dict) -> Recipe:
     "Rebuild a recipe from what `asdict` made of it."
-    model = ModelConfig(**{**content["model"], "denoising": Denoising(**content["model"].get("denoising", {}))})
-    nested = dict(model=model, cost=CostWeights(**content["cost"]), loss=LossWeights(**content["loss"]))
+    nested = dict(model=config_from_dict(content["model"]), cost=CostWeights(**content["cost"]), loss=LossWeights(**content["loss"]))
     return Recipe(**{**content, **nested})

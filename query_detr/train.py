@@ -127,7 +127,7 @@ def compute_gradients(
     process: Process = Process(),
     noise_key: tuple[int, int] = (0, 0),  # seed and epoch: what noise depends on, beside the image
 ) -> Tensor:                 # [7] `LOSSES` of the whole step; with several processes, this one's part
-    "Add the gradients of one step, the same whatever number of processes and micro-batches share it."
+    "Add the gradients of one step, the same whatever number of processes and micro-batches share it; with noise, if its empty slots are hidden."
     boxes = process.total(torch.tensor(float(sum(len(b.targets) for b in batches))))
     # distributed training averages gradients over processes: divide by boxes per process, not by boxes
     normaliser = boxes.clamp(min=1) / process.world
@@ -226,7 +226,7 @@ def objects_of_queries(model: nn.Module, batches: Iterable[Batch], criterion: Cr
     "Match what the last layer predicts in every image; the model is left in the mode in which it came."
     training = model.training
     model.eval()
-    tables = []
+    tables = [torch.zeros(0, model.config.queries, dtype=torch.int64)]  # a process may have no batch
     for batch in batches:
         batch = batch.to(device)
         last = model(batch.images, batch.pad_mask).last()
@@ -244,7 +244,7 @@ class InstabilityLog:
         batches = eval_batches(dataset, progress.recipe, process, workers)
         now, before = objects_of_queries(plain(progress.model), batches, criterion, process.device), self.before
         self.before = now
-        fullest = now[(now >= 0).sum(1).argmax()]
+        fullest = now[(now >= 0).sum(1).argmax()] if len(now) else now.flatten()
         numbers = dict(epoch=progress.epoch, step=progress.step, objects_of_queries=fullest.tolist())
         if before is not None:
             changed, matched, total = process.total(torch.stack(instability(before, now))).tolist()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from query_detr.checkpoints import from_detrex
+from query_detr.convert import from_detrex
 from query_detr.criterion import Criterion, LossWeights
 from query_detr.data import Targets
 from query_detr.denoising import Denoising, Noise, NoiseDraws, apply_noise

@@ -55,7 +55,7 @@ def check_refusal(capsys, status, *words):
 
 def test_a_good_run_succeeds_and_leaves_its_folder(coco, capsys):
     assert train(coco) == 0
-    assert {path.name for path in Path("runs/conditional_detr_12ep").iterdir()} == {"recipe.json", "metrics.jsonl", "checkpoint.pt", "detections.png", "curves.png"}
+    assert {path.name for path in Path("runs/conditional_detr_12ep").iterdir()} == {"recipe.json", "metrics.jsonl", "checkpoint.pt", "model.safetensors", "model.json", "detections.png", "curves.png"}
 
 
 def test_unknown_recipe(capsys):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from golden import CONFIGS, IMAGES, Golden
 
-from query_detr.checkpoints import from_transformers
+from query_detr.convert import from_transformers
 from query_detr.criterion import weighted_total
 from query_detr.data import Assignment
 from query_detr.groups import unfold_assignment
