@@ -343,7 +343,7 @@ def read_weights(
     path = local_copy(source) if str(source).startswith(("https://", "http://")) else Path(source)
     content = read_file(path)
     while isinstance(content, dict):
-        inner = next((name for name in ("model", "state_dict", "ema_state") if isinstance(content.get(name), dict)), None)
+        inner = next((name for name in ("average", "model", "state_dict", "ema_state") if isinstance(content.get(name), dict)), None)
         if inner is None: break
         content = content[inner]
     weights = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(content, dict) else {}

@@ -6,6 +6,7 @@
 __all__ = ['CostWeights', 'class_cost', 'matching_cost', 'pad_objects', 'match', 'object_of_query', 'Instability', 'instability']
 
 # %% ../nbs/06_matcher.ipynb #imports
+import time
 import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -84,10 +85,11 @@ def match(
     if max(targets.counts, default=0) > N:
         warnings.warn(f"an image has more objects than the model has queries ({N}): some objects train nobody. More queries: --set queries=NUMBER")
     cost = matching_cost(logits, boxes, *pad_objects(targets), weights, giou_eps).float().cpu()  # [L, B, N, T]
+    start = time.perf_counter()
     solved = [_solve(cost[:, b, :, :own.stop - own.start], b, own.start) for b, own in enumerate(targets.slices)]
     image = torch.cat([torch.full((q.shape[1],), b) for b, (q, _) in enumerate(solved)])
     query, target = (torch.cat(part, 1) for part in zip(*solved))
-    return Assignment(image, query, target).to(logits.device)
+    return Assignment(image, query, target, time.perf_counter() - start).to(logits.device)
 
 # %% ../nbs/06_matcher.ipynb #object-of-query
 def object_of_query(

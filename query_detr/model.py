@@ -122,12 +122,16 @@ class QueryDETR(nn.Module):
     def decode(self, memory: Memory, groups: int = 1, noise: Noise | None = None) -> tuple[Tensor, Tensor]:  # hidden [L, B, Q, D], references [L, B, Q, 2 or 4]
         "Let the queries read the memory."
         state, layout = self.make_queries(len(memory.tokens), groups, noise)
-        return self.decoder(state, self.queries, memory, self.box_head, folded_attention(layout, memory.tokens.device))
+        return self.decoder(state, self.queries, memory, self.read_box, folded_attention(layout, memory.tokens.device))
 
     def detect(self, memory: Memory, groups: int = 1, noise: Noise | None = None) -> Predictions:
         "Decode, then read classes and boxes from the hidden states; heads are shared by all layers."
         hidden, references = self.decode(memory, groups, noise)
-        return Predictions(self.class_head(hidden), self.place(self.box_head(hidden), references))
+        return Predictions(self.class_head(hidden).float(), self.place(self.read_box(hidden), references))
+
+    def read_box(self, hidden: Tensor) -> Tensor:  # [..., D] → [..., 4]
+        "Apply the box head, in float32 under autocast too: bfloat16 knows a coordinate near 1 only to 1/256."
+        with torch.autocast("cuda" if hidden.is_cuda else "cpu", enabled=False): return self.box_head(hidden.float())
 
     def to_folder(self, folder: str | Path) -> None:
         "Write `model.safetensors` and `model.json`: all that is needed to use the model elsewhere."

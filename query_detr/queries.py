@@ -9,6 +9,7 @@ __all__ = ['QueryState', 'PointQueries', 'AnchorQueries']
 from dataclasses import dataclass
 from typing import Callable
 
+import torch
 from torch import Tensor, nn
 
 from .boxes import inverse_sigmoid
@@ -45,7 +46,7 @@ class PointQueries(nn.Module):
         "Start every image with empty content and the learned points."
         learned = self.embedding.weight[:groups * self.number]
         embedding = learned.expand(batch, -1, -1)
-        reference = self.point_head(learned).sigmoid().expand(batch, -1, -1)
+        with torch.autocast("cuda" if learned.is_cuda else "cpu", enabled=False): reference = self.point_head(learned).sigmoid().expand(batch, -1, -1)
         return QueryState(embedding.new_zeros(embedding.shape), reference, embedding)
 
     def position(

@@ -44,18 +44,21 @@ class Recipe:
     backbone_lr: float = 1e-5
     weight_decay: float = 1e-4
     clip: float = 0.1                 # largest norm of the gradient
+    amp: str = "none"                 # none, or bf16: matrices are multiplied in bfloat16; boxes, costs and losses stay in float32
+    ema: float = 0.0                  # decay of the running average of the weights that is evaluated and kept; 0: none
     backbone_weights: str = "imagenet"  # imagenet, none, or a file
     keep: int = 100                   # detections per image at evaluation
     evaluate_every: int = 1           # epochs
     eval_batch_size: int = 2          # images of an evaluation batch; padding, and with it AP, depends on it a little
 
     def __post_init__(self):
-        for name, known in dict(data=("coco", "shapes"), augmentation=("detr", "flip", "none"), schedule=("step", "cosine")).items():
+        for name, known in dict(data=("coco", "shapes"), augmentation=("detr", "flip", "none"), schedule=("step", "cosine"), amp=("none", "bf16")).items():
             if getattr(self, name) not in known: raise InputError(f"{name} = {getattr(self, name)}: it must be one of {', '.join(known)}")
         for name in ("epochs", "batch_size", "keep", "evaluate_every", "eval_batch_size", "scene_objects"):
             if getattr(self, name) < 1: raise InputError(f"{name} = {getattr(self, name)}: it must be at least 1")
         for name in ("lr", "backbone_lr", "clip"):
             if getattr(self, name) <= 0: raise InputError(f"{name} = {getattr(self, name)}: it must be above 0")
+        if not 0 <= self.ema < 1: raise InputError(f"ema = {self.ema}: it must be at least 0 and below 1, for example 0.9998")
 
     @property
     def command(self) -> str:

@@ -173,6 +173,11 @@ class ShapesDataset:
     def image_ids(self) -> range:
         return range(len(self))
 
+    @property
+    def sizes(self) -> np.ndarray:
+        "Give height and width of every image in pixels."
+        return np.full((len(self), 2), SIDE)
+
     def scene(self, i: int) -> Scene:
         "Draw scene `i`, or take it from memory if it was drawn before."
         if not 0 <= i < len(self): raise IndexError(f"scene {i} of {len(self)}")

@@ -1,4 +1,4 @@
-"""Compute the gradients of one step of four images in this process's share and save them (run with torchrun).
+"""Compute the gradients of one step of eight images in this process's share and save them (run with torchrun).
 
 usage: step_worker.py OUTPUT MICRO_BATCH CASE
 """
@@ -19,22 +19,25 @@ from query_detr.train import Process, compute_gradients, micro_batches
 
 POINTS = ModelConfig(classes=5, queries=12, width=32, heads=4, encoder_layers=1, decoder_layers=2, feedforward=64, dropout=0.0,
                      backbone="resnet10", stages=3, norm="group", freeze_stem=False)
+GROUPS = replace(POINTS, groups=3)
 BOTH = replace(POINTS, reference="anchor", activation="prelu", groups=3, denoising=Denoising(sets=2, hide_padding=True))
 VISIBLE = replace(BOTH, denoising=Denoising(sets=2))
 SCENES = ShapesDataset(60, seed=5)
 EMPTY = [i for i in range(len(SCENES)) if not len(SCENES[i][1])][:4]
-IMAGES = 4
-CASES = {  # model, and four scenes; of two processes, the second takes every other one
-    "points": (POINTS, [0, 1, 2, 3]),
-    "groups and noise": (BOTH, [0, 1, 2, 3]),
-    "second process without objects": (BOTH, [0, EMPTY[0], 1, EMPTY[1]]),
-    "no objects": (BOTH, EMPTY),
-    "visible padding": (VISIBLE, [0, 1, 2, 3]),
+IMAGES = 8
+FIRST = list(range(IMAGES))
+CASES = {  # model, and eight scenes; of two processes, the second takes the last four
+    "points": (POINTS, FIRST),
+    "groups": (GROUPS, FIRST),
+    "groups and noise": (BOTH, FIRST),
+    "second process without objects": (BOTH, FIRST[:4] + EMPTY),
+    "no objects": (BOTH, EMPTY + EMPTY),
+    "visible padding": (VISIBLE, FIRST),
 }
 
 
 def gradients(process: Process, micro_batch: int, case: str = "points") -> dict[str, torch.Tensor]:
-    "Take the same step of four images, whichever share of it is this process's."
+    "Take the same step of eight images, whichever share of it is this process's."
     torch.manual_seed(0)
     torch.set_num_threads(1)
     config, scenes = CASES[case]

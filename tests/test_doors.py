@@ -41,8 +41,8 @@ def edit(folder, change, split="train2017"):
     path.write_text(json.dumps(change(content) or content))
 
 
-def train(coco, *more):
-    return launch.command_line(["--recipe", "conditional_detr_12ep", "--coco", str(coco), "--epochs", "1", "--batch-size", "2", "--backbone-weights", "none", "--set", *TINY, *more])
+def train(coco, *more, options=()):
+    return launch.command_line([*options, "--recipe", "conditional_detr_12ep", "--coco", str(coco), "--epochs", "1", "--batch-size", "2", "--backbone-weights", "none", "--set", *TINY, *more])
 
 
 def check_refusal(capsys, status, *words):
@@ -55,7 +55,7 @@ def check_refusal(capsys, status, *words):
 
 def test_a_good_run_succeeds_and_leaves_its_folder(coco, capsys):
     assert train(coco) == 0
-    assert {path.name for path in Path("runs/conditional_detr_12ep").iterdir()} == {"recipe.json", "metrics.jsonl", "checkpoint.pt", "model.safetensors", "model.json", "detections.png", "curves.png"}
+    assert {path.name for path in Path("runs/conditional_detr_12ep").iterdir()} == {"recipe.json", "metrics.jsonl", "checkpoint.pt", "best.pt", "model.safetensors", "model.json", "detections.png", "curves.png"}
 
 
 def test_unknown_recipe(capsys):
@@ -66,6 +66,32 @@ def test_unknown_recipe(capsys):
 def test_missing_or_wrong_coco_folder(tmp_path, capsys, make):
     make(tmp_path / "mine")
     check_refusal(capsys, train(tmp_path / "mine"), "mine", "--coco", "annotations/instances_train2017.json")
+
+
+def test_image_that_cannot_be_read_is_replaced_if_asked(coco, capsys):
+    (coco / "train2017" / "000002.png").write_bytes(b"no picture")
+    assert train(coco, options=["--on-bad-image", "skip"]) == 0
+    assert "1 images could not be read and were replaced: 000002.png" in capsys.readouterr().out
+    assert any('"replaced": 1' in line for line in Path("runs/conditional_detr_12ep/metrics.jsonl").read_text().splitlines())
+
+
+def test_more_than_the_twelve_numbers_on_request(coco, capsys):
+    assert train(coco, options=["--per-class", "--per-layer", "--duplicates"]) == 0
+    said = capsys.readouterr().out
+    assert "decoder layer" in said and "detections of each" in said and all(name in said for name in ShapesDataset.class_names)
+
+
+@pytest.mark.parametrize("wrong, words", [(["--on-bad-image", "ignore"], "must be stop or skip"), (["--amp", "fp16"], "amp = fp16: it must be one of none, bf16"), (["--save-every", "0"], "save_every = 0"),
+                                          (["--replay", "nothing.pt"], "nothing.pt does not exist")])
+def test_wrong_options_of_a_run(coco, capsys, wrong, words):
+    check_refusal(capsys, train(coco, options=wrong), words)
+
+
+def test_restarts_need_what_a_restart_needs(coco, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    check_refusal(capsys, train(coco), "--resume auto", "--output")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True"), monkeypatch.setenv("WORLD_SIZE", "2")
+    check_refusal(capsys, train(coco, options=["--resume", "auto", "--output", "run"]), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
 
 
 def test_image_that_is_not_on_disk(coco, capsys):

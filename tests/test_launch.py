@@ -29,7 +29,7 @@ def finished(*options, processes=1, cwd):
     return output
 
 
-def table(output): return {line.split()[0]: float(line.split()[1]) for line in output.splitlines() if line.startswith(("AP", "AR"))}
+def table(output): return {line.split()[0]: -1.0 if line.split()[1] == "–" else float(line.split()[1]) for line in output.splitlines() if line.startswith(("AP", "AR"))}
 
 
 def records(folder): return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -46,7 +46,7 @@ def trained(tmp_path_factory):
 def test_run_folder_holds_recipe_numbers_weights_and_pictures(trained):
     folder, output = trained
     run = folder / "runs" / "shapes_demo"
-    assert {p.name for p in run.iterdir()} == {"recipe.json", "metrics.jsonl", "checkpoint.pt", "model.safetensors", "model.json", "detections.png", "curves.png"}
+    assert {p.name for p in run.iterdir()} == {"recipe.json", "metrics.jsonl", "checkpoint.pt", "checkpoint_previous.pt", "best.pt", "model.safetensors", "model.json", "detections.png", "curves.png"}
     assert json.loads((run / "recipe.json").read_text())["model"]["width"] == 16
     evaluations = [r for r in records(run) if "AP" in r]
     assert [r["epoch"] for r in evaluations] == [1, 2] and len(table(output)) == 12

@@ -14,7 +14,8 @@ WORKER = Path(__file__).with_name("step_worker.py")
 
 def relative_difference(ours, theirs):
     "Largest difference of two gradients, in units of 1e-5 · max(1, max |g|)."
-    return max(((ours[k] - theirs[k]).abs().max() / (1e-5 * max(1, theirs[k].abs().max()))).item() for k in theirs)
+    largest = max(g.abs().max().item() for g in theirs.values())
+    return max((ours[k] - theirs[k]).abs().max().item() for k in theirs) / (1e-5 * max(1, largest))
 
 
 def in_processes(number, micro_batch, folder, case):
@@ -24,7 +25,6 @@ def in_processes(number, micro_batch, folder, case):
     return torch.load(output, weights_only=True)
 
 
-ROUNDING = 3  # the first convolution sums over every pixel; elsewhere the difference stays below 0.1
 SAME = [case for case in CASES if case != "visible padding"]
 
 
@@ -32,15 +32,19 @@ SAME = [case for case in CASES if case != "visible padding"]
 def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(case):
     whole = gradients(Process(), IMAGES, case)
     assert all(g is not None and g.isfinite().all() for g in whole.values())
-    assert relative_difference(gradients(Process(), 2, case), whole) <= ROUNDING
-    assert relative_difference(gradients(Process(), 1, case), whole) <= ROUNDING
+    assert relative_difference(gradients(Process(), 4, case), whole) <= 1
+    assert relative_difference(gradients(Process(), 1, case), whole) <= 1
 
 
 @pytest.mark.parametrize("case", SAME)
 def test_two_processes_give_the_gradients_of_one(case, tmp_path):
-    whole = gradients(Process(), IMAGES, case)
-    assert relative_difference(in_processes(2, 2, tmp_path, case), whole) <= ROUNDING
-    if case == "points": assert relative_difference(in_processes(2, 1, tmp_path, case), whole) <= ROUNDING
+    assert relative_difference(in_processes(2, 4, tmp_path, case), gradients(Process(), IMAGES, case)) <= 1
+
+
+@pytest.mark.parametrize("processes, micro_batch", [(4, 2), (2, 2), (8, 1)])
+def test_more_processes_and_accumulation_give_the_gradients_of_one(processes, micro_batch, tmp_path):
+    case = "groups and noise"
+    assert relative_difference(in_processes(processes, micro_batch, tmp_path, case), gradients(Process(), IMAGES, case)) <= 1
 
 
 def test_padding_slots_that_are_visible_make_a_step_depend_on_its_micro_batches():
