@@ -258,13 +258,15 @@ def fault_at(step: int, said: str, progress: Progress, batches: list[Batch], fol
     ids = [i for b in batches for i in b.image_ids]
     return Fault(f"step {step}: {said}. Image ids: {', '.join(map(str, ids[:16]))}{' …' * (len(ids) > 16)}. The weights are those before the step.\n"
                  f"Look at it: python query_detr/launch.py --replay {path}\n"
-                 "Go on from the last checkpoint: --resume auto; if it comes back, train without --amp, or anew with a lower learning rate (--set lr=…)")
+                 f"Go on from the last checkpoint: --resume auto; if it comes back, train anew with a lower learning rate (--set lr=…){' or without --amp' * (progress.recipe.amp != 'none')}")
 
 # %% ../nbs/24_runs.ipynb #replay
 def replay(path: str | Path, device: str = "cpu") -> str:
     "Take one process's part of a step again, by itself (boxes are counted over this part alone), and say where numbers are not finite."
+    known = "replay files are called replay_0.pt and lie in the folder of a run that stopped"
+    if not Path(path).is_file(): raise InputError(f"{path} does not exist: {known}")
     content = load(path)
-    if "said" not in content: raise InputError(f"{path} is no replay file: they are called replay_0.pt and lie in the folder of a run that stopped")
+    if "said" not in content: raise InputError(f"{path} is no replay file: {known}")
     recipe = recipe_from_dict(content["recipe"])
     model = QueryDETR(recipe.model)
     model.load_state_dict(content["model"])

@@ -55,6 +55,7 @@ def killed_run(folder: Path, kills: int, *options: str, shortest: float = 4.0, l
     "Run to the end with so many kills; gives how many struck while a checkpoint was being written."
     chance, struck = random.Random(0), 0
     for n in range(kills):
+        (folder / "checkpoint_new.pt.tmp").unlink(missing_ok=True)  # of the kill before
         run = start(folder, *options)
         if not wait_for_moment(run, folder, chance.uniform(shortest, longest), n % 2 == 1): raise RuntimeError(f"the run ended after {n} kills: {(folder / 'output.txt').read_text()[-2000:]}")
         kill(run)
