@@ -21,5 +21,5 @@ setup(
     packages=["query_detr"],
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "export")},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "export", "widgets")},
 )

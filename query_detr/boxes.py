@@ -27,10 +27,11 @@ def to_cxcywh(
 # %% ../nbs/01_boxes.ipynb #areas
 def _areas(a, b):
     "Areas of intersection, of union, and of the smallest box around both; a and b broadcast."
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    intersection = (high - low).clamp(min=0).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - intersection
-    around = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    (left, top, right, bottom), (left_b, top_b, right_b, bottom_b) = a.unbind(-1), b.unbind(-1)
+    width, height = torch.minimum(right, right_b) - torch.maximum(left, left_b), torch.minimum(bottom, bottom_b) - torch.maximum(top, top_b)
+    intersection = width.clamp(min=0) * height.clamp(min=0)
+    union = (right - left) * (bottom - top) + (right_b - left_b) * (bottom_b - top_b) - intersection
+    around = (torch.maximum(right, right_b) - torch.minimum(left, left_b)) * (torch.maximum(bottom, bottom_b) - torch.minimum(top, top_b))
     return intersection, union, around
 
 # %% ../nbs/01_boxes.ipynb #iou

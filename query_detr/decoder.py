@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .features import Memory
-from .layers import ACTIVATIONS, attend
+from .layers import ACTIVATIONS, Dropout, attend
 from .queries import QueryState
 
 # %% ../nbs/11_decoder.ipynb #self-attention
@@ -69,7 +69,7 @@ class ConditionalCrossAttention(nn.Module):
 
     def forward(self, content: Tensor, query_pos: Tensor, spatial_query: Tensor, memory: Memory) -> Tensor:  # → [B, N, D]
         p = self.parts(content, query_pos, spatial_query, memory)
-        query, key = join_heads(p.query_content, p.query_spatial, self.heads), join_heads(p.key_content, p.key_spatial, self.heads)
+        query, key = join_heads(p.query_content, p.query_spatial.expand_as(p.query_content), self.heads), join_heads(p.key_content, p.key_spatial, self.heads)
         visible = ~memory.pad_mask[:, None, None]
         return self.out(attend(query, key, self.value(memory.tokens), self.heads, visible, self.dropout if self.training else 0.0))
 
@@ -82,7 +82,7 @@ class ConditionalDecoderLayer(nn.Module):
         self.cross_attention = ConditionalCrossAttention(width, heads, dropout, first)
         self.widen, self.narrow = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.activation, self.dropout = ACTIVATIONS[activation](), nn.Dropout(dropout)
+        self.activation, self.dropout = ACTIVATIONS[activation](), Dropout(dropout)
 
     def forward(
         self,
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         "Run all layers, each on the content and the references that the one before it left."
         hidden, references, refined = [], [], state.reference
         for i, layer in enumerate(self.layers):
-            references.append(refined)
+            references.append(refined.expand(*state.content.shape[:2], -1))
             content = layer(state.content, *queries.position(state, i), memory, self_attention)
             refined, reference = queries.refine(state.reference, content, box_head)
             state = replace(state, content=content, reference=reference)

@@ -12,12 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, linear
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from .data import InputError
-from .layers import ACTIVATIONS, MLP, sine_embedding
+from .layers import ACTIVATIONS, MLP, Dropout, attend, sine_embedding
 
 # %% ../nbs/09_features.ipynb #names
 BLOCKS = {"resnet10": (resnet.BasicBlock, [1, 1, 1, 1]), "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
@@ -96,12 +96,17 @@ class EncoderLayer(nn.Module):
         self.attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
         self.widen, self.narrow = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.activation, self.dropout = ACTIVATIONS[activation](), nn.Dropout(dropout)
+        self.activation, self.dropout = ACTIVATIONS[activation](), Dropout(dropout)
+
+    def attend(self, places: Tensor, tokens: Tensor, visible: Tensor) -> Tensor:  # [B, S, D] → [B, S, D]
+        "Do what `nn.MultiheadAttention` does, through the attention that the decoder uses too."
+        own, width = self.attention, tokens.shape[-1]
+        query, key = linear(places, own.in_proj_weight[:2 * width], own.in_proj_bias[:2 * width]).chunk(2, -1)
+        value = linear(tokens, own.in_proj_weight[2 * width:], own.in_proj_bias[2 * width:])
+        return own.out_proj(attend(query, key, value, own.num_heads, visible, own.dropout if self.training else 0.0))
 
     def forward(self, tokens: Tensor, positions: Tensor, pad_mask: Tensor) -> Tensor:  # [B, S, D] → [B, S, D]
-        q = tokens + positions
-        attended, _ = self.attention(q, q, tokens, key_padding_mask=pad_mask, need_weights=False)
-        tokens = self.norms[0](tokens + self.dropout(attended))
+        tokens = self.norms[0](tokens + self.dropout(self.attend(tokens + positions, tokens, ~pad_mask[:, None, None])))
         return self.norms[1](tokens + self.dropout(self.narrow(self.dropout(self.activation(self.widen(tokens))))))
 
 # %% ../nbs/09_features.ipynb #encoder

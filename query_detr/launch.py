@@ -284,6 +284,7 @@ def main(
     if group is not None: model = models.one_group(model, group)
     model, workers = model.to(process.device), (4 if process.device != "cpu" else 0) if workers is None else workers
     if compile: training.compile_layers(model)
+    if process.device == "cpu": training.reuse_memory()
     asked = dict(per_class=per_class, per_layer=per_layer, duplicates=duplicates)
     if eval_only: return report(chosen, evaluate_closely(model, val_set, chosen, process, workers, asked), None, process)
     options = runs.RunOptions(micro_batch, workers, save_every, on_bad_image=on_bad_image, log_instability=log_instability, tensorboard=tensorboard)

@@ -8,7 +8,9 @@ __all__ = ['CostWeights', 'class_cost', 'matching_cost', 'pad_objects', 'match',
 # %% ../nbs/06_matcher.ipynb #imports
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .boxes import giou, to_xyxy
+from .boxes import giou
 from .data import Assignment, InputError, Targets
 
 # %% ../nbs/06_matcher.ipynb #cost-weights
@@ -39,6 +41,12 @@ def class_cost(
     return foreground - background
 
 # %% ../nbs/06_matcher.ipynb #matching-cost
+def _corners(boxes):
+    "Turn centres and sizes into corners, and keep the order in memory."
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(centre - size / 2).movedim(-1, 0), (centre + size / 2).movedim(-1, 0)]).movedim(0, -1)
+
+
 def matching_cost(
     logits: Tensor,         # [..., N, C]
     boxes: Tensor,          # [..., N, 4] cxcywh in 0..1
@@ -48,10 +56,12 @@ def matching_cost(
     giou_eps: float = 0.0,  # see `giou`
 ) -> Tensor:                # [..., N, T]
     "Cost of letting query n answer for object t of the same image (DETR §3.1)."
-    wanted = target_labels[..., None, :].expand(*logits.shape[:-1], -1)
-    cost = weights.label * class_cost(logits.gather(-1, wanted))
-    cost = cost + weights.l1 * torch.cdist(boxes, target_boxes, p=1)
-    return cost - weights.giou * giou(to_xyxy(boxes)[..., None, :], to_xyxy(target_boxes)[..., None, :, :], giou_eps)
+    wanted = target_labels[..., None].expand(*logits.shape[:-2], -1, logits.shape[-2])  # [..., T, N]: long rows are fast
+    cost = weights.label * class_cost(logits.mT.gather(-2, wanted))
+    ours, theirs = (x.mT.contiguous().mT for x in (boxes, target_boxes))  # in memory all x, then all y, …
+    ours, theirs = ours[..., None, :, :], theirs[..., None, :]  # [..., 1, N, 4] and [..., T, 1, 4]
+    cost += weights.l1 * sum((a - b).abs() for a, b in zip(ours.unbind(-1), theirs.unbind(-1)))
+    return (cost - weights.giou * giou(_corners(ours), _corners(theirs), giou_eps)).mT
 
 # %% ../nbs/06_matcher.ipynb #pad-objects
 def pad_objects(targets: Targets) -> tuple[Tensor, Tensor]:  # labels [B, T], boxes [B, T, 4], T objects in the fullest image
@@ -62,15 +72,23 @@ def pad_objects(targets: Targets) -> tuple[Tensor, Tensor]:  # labels [B, T], bo
     return targets.labels[index], targets.boxes[index]
 
 # %% ../nbs/06_matcher.ipynb #solve
-def _solve(cost, image, first_target):
-    "Hungarian assignment of one image in all layers; cost [L, N, T] → query, target [L, min(N, T)]."
-    if not cost.isfinite().all():
+def _check_finite(costs, targets):
+    "Refuse NaN and infinity; costs [·, B, N, T], one after the other."
+    if all(cost.sum().isfinite() for cost in costs): return
+    for image, own in enumerate(targets.slices):
+        if all(cost[:, image, :, :own.stop - own.start].isfinite().all() for cost in costs): continue
         raise FloatingPointError(f"the matching cost of image {image} of the batch is not finite: "
                                  "the model's logits or boxes hold NaN or infinity (lower the learning rate, or train in fp32 or bf16)")
-    pairs = torch.from_numpy(np.array([linear_sum_assignment(c) for c in cost.numpy()]))
-    return pairs[:, 0], pairs[:, 1] + first_target
 
 
+def _solve(costs, image, own):
+    "Hungarian assignment of one image in all layers; costs [·, B, N, T], one after the other → query, target [L, min(N, T)]."
+    tables = [table for cost in costs for table in cost[:, image, :, :own.stop - own.start].mT.numpy()]  # [T, N] lies in memory row by row
+    pairs = np.array([linear_sum_assignment(table)[::-1] for table in tables])
+    pairs = np.take_along_axis(pairs, pairs[:, :1].argsort(-1), -1)  # in the order of the queries
+    return torch.from_numpy(pairs[:, 0]), torch.from_numpy(pairs[:, 1]) + own.start
+
+# %% ../nbs/06_matcher.ipynb #match
 @torch.no_grad()
 def match(
     logits: Tensor,   # [L, B, N, C]
@@ -84,9 +102,14 @@ def match(
     if len(targets.counts) != B: raise InputError(f"predictions for {B} images, targets for {len(targets.counts)}: pass those of one batch")
     if max(targets.counts, default=0) > N:
         warnings.warn(f"an image has more objects than the model has queries ({N}): some objects train nobody. More queries: --set queries=NUMBER")
-    cost = matching_cost(logits, boxes, *pad_objects(targets), weights, giou_eps).float().cpu()  # [L, B, N, T]
+    objects = pad_objects(targets)
+    many = logits[..., 0].numel() * objects[0].shape[1] > 2**18  # pairs
+    at_once = 1 if many and logits.device.type == "cpu" else len(logits)  # large tables layer by layer: they stay in the cache
+    costs = [matching_cost(*layers, *objects, weights, giou_eps).float().cpu() for layers in zip(logits.split(at_once), boxes.split(at_once))]  # [1 or L, B, N, T]
+    _check_finite(costs, targets)
     start = time.perf_counter()
-    solved = [_solve(cost[:, b, :, :own.stop - own.start], b, own.start) for b, own in enumerate(targets.slices)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # scipy lets other threads work; a few tables are not worth it
+        solved = list((pool.map if many else map)(partial(_solve, costs), range(B), targets.slices))
     image = torch.cat([torch.full((q.shape[1],), b) for b, (q, _) in enumerate(solved)])
     query, target = (torch.cat(part, 1) for part in zip(*solved))
     return Assignment(image, query, target, time.perf_counter() - start).to(logits.device)

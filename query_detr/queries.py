@@ -20,8 +20,8 @@ from .layers import MLP, sine_embedding
 class QueryState:
     "What a query holds and where it looks."
     content: Tensor            # [B, Q, D]
-    reference: Tensor          # [B, Q, 2] point x, y or [B, Q, 4] anchor box cxcywh, in 0..1
-    embedding: Tensor | None   # [B, Q, D] learned query_pos; None where it is computed from the reference
+    reference: Tensor          # [1, Q, 2] point x, y, the same in every image, or [B, Q, 4] anchor box cxcywh, in 0..1
+    embedding: Tensor | None   # [1, Q, D] learned query_pos; None where it is computed from the reference
 
 # %% ../nbs/10_queries.ipynb #point-queries
 class PointQueries(nn.Module):
@@ -45,25 +45,24 @@ class PointQueries(nn.Module):
     ) -> QueryState:
         "Start every image with empty content and the learned points."
         learned = self.embedding.weight[:groups * self.number]
-        embedding = learned.expand(batch, -1, -1)
-        with torch.autocast("cuda" if learned.is_cuda else "cpu", enabled=False): reference = self.point_head(learned).sigmoid().expand(batch, -1, -1)
-        return QueryState(embedding.new_zeros(embedding.shape), reference, embedding)
+        with torch.autocast("cuda" if learned.is_cuda else "cpu", enabled=False): reference = self.point_head(learned).sigmoid()
+        return QueryState(learned.new_zeros(batch, *learned.shape), reference[None], learned[None])  # what is the same in every image is computed once
 
     def position(
         self,
         state: QueryState,
         layer: int,                # 0 for the first decoder layer
-    ) -> tuple[Tensor, Tensor]:    # query_pos [B, Q, D], spatial_query [B, Q, D]
+    ) -> tuple[Tensor, Tensor]:    # query_pos [1, Q, D], spatial_query [B, Q, D], in the first layer [1, Q, D]
         "Say who the query is (for self-attention) and where it looks (for cross-attention; Conditional DETR §3.3)."
         where = sine_embedding(state.reference, self.embedding.embedding_dim // 2)
         return state.embedding, where if layer == 0 else where * self.content_scale(state.content)
 
     def refine(
         self,
-        reference: Tensor,   # [B, Q, 2]
+        reference: Tensor,   # [1, Q, 2]
         hidden: Tensor,      # [B, Q, D] output of the layer
         box_head: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor]:  # [B, Q, 2] twice: what the next prediction starts from, where the next layer looks
+    ) -> tuple[Tensor, Tensor]:  # [1, Q, 2] twice: what the next prediction starts from, where the next layer looks
         "Keep the point: in Conditional DETR the reference is the same in all layers."
         return reference, reference
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PARTS', 'Process', 'steps_per_epoch', 'epoch_steps', 'micro_batches', 'keep_through_sigterm', 'load_steps',
            'make_optimizer', 'make_schedule', 'batch_noise', 'plain', 'compute_gradients', 'Step', 'Watch',
-           'train_step', 'seed_dropout', 'precision', 'compile_layers', 'eval_batches', 'gather_rows', 'detected_rows',
-           'evaluate', 'objects_of_queries']
+           'train_step', 'seed_dropout', 'precision', 'compile_layers', 'reuse_memory', 'eval_batches', 'gather_rows',
+           'detected_rows', 'evaluate', 'objects_of_queries']
 
 # %% ../nbs/20_train.ipynb #imports
+import ctypes
 import math
 import signal
 from collections import deque
@@ -213,7 +214,15 @@ def compile_layers(model: nn.Module) -> None:
     "Compile the layers of the transformer and the stages of the backbone, once for all image sizes."
     for layer in (*model.backbone.stages, *model.encoder.layers, *model.decoder.layers): layer.compile(dynamic=True)
 
-# %% ../nbs/20_train.ipynb #eval-batches
+
+def reuse_memory() -> None:
+    "On Linux, keep freed memory for the next tensor. Given back to the system, it is new memory each time, and for large tensors fetching that takes longer than computing what goes in."
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # macOS has none
+    if mallopt is None: return
+    no_maps, never_trim, one_arena = (-4, 0), (-1, -1), (-8, 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h
+    for setting in (no_maps, never_trim, one_arena): mallopt(*setting)
+
+# %% ../nbs/20_train.ipynb #evaluate
 def eval_batches(
     dataset, recipe: Recipe,
     process: Process = Process(),
@@ -237,7 +246,7 @@ def gather_rows(rows: Tensor, process: Process) -> Tensor:  # [n, columns] of th
     dist.all_gather(parts, padded)
     return torch.cat([part[:int(n)] for part, n in zip(parts, lengths)])
 
-# %% ../nbs/20_train.ipynb #evaluate
+
 def detected_rows(
     model: nn.Module, dataset, recipe: Recipe,
     process: Process = Process(),

@@ -218,6 +218,15 @@ def test_bf16_keeps_boxes_and_losses_in_fp32_and_learns_alike(recipe, tmp_path):
     assert torch.equal(offsets, mixed.model.box_head(hidden))
 
 
+def test_tensorboard_files_hold_what_the_log_holds(recipe, tmp_path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(new_run(recipe), tmp_path, tensorboard=True)
+    board = reading.EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in lines(tmp_path) if "loss" in r]
+    assert [e.step for e in board.Scalars("AP")] == [STEPS, 2 * STEPS]
+
+
 def test_log_line_says_what_the_issue_of_a_slow_or_bad_run_could_be(recipe, tmp_path):
     train(new_run(recipe), tmp_path)
     line = next(json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines() if "loss" in text)

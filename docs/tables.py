@@ -1,0 +1,102 @@
+"""Write README's tables anew, from what they report: recipes, results, chapter 30's output, the list of chapters.
+
+`python docs/tables.py` changes README.md; tests/test_readme.py fails while it would.
+"""
+import json
+import re
+from pathlib import Path
+
+from query_detr.experiments import CLAIM, VARIANTS, compare, mean_curve, read_results, step_costs
+from query_detr.recipes import BACKBONES, RECIPES
+
+ROOT = Path(__file__).parents[1]
+README, RESULTS, NOTEBOOKS = ROOT / "README.md", ROOT / "results", ROOT / "nbs"
+
+FAMILIES = {"conditional_detr": "Conditional DETR", "group_detr": "Group DETR", "dab_detr": "DAB-DETR", "group_dab_detr": "DAB-DETR + 11 groups", "dn_detr": "DN-DETR", "group_dn_detr": "DN-DETR + 11 groups"}
+BACKBONE_NAMES = dict(zip(BACKBONES, ("R50", "R101", "R50-DC5", "R101-DC5")))
+
+PARTS = {  # numbers of chapters → what they are about
+    (1, 2, 3, 4, 5): "what goes in and how it is drawn",
+    (6, 7, 15): "who answers for which object, and how wrong the answers are",
+    (8, 9, 10, 11, 16): "from pixels to boxes",
+    (12, 13, 14): "extra sets of queries: who sees whom, noise, group-wise assignment",
+    (17, 18, 19, 20, 24, 25): "a run, and what it survives",
+    (21, 22, 23): "use a model, exchange weights with other libraries, look at your own data",
+    (26, 27): "runs that are compared, steps that are timed",
+    tuple(range(30, 40)): "reading notebooks: equality with the references, the claim, what breaks",
+    tuple(range(40, 50)): "solutions of the exercises",
+}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    "Lay out a table in Markdown."
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def chapters() -> str:
+    "List the chapters by what they are about."
+    numbered = {int(path.stem.split("_")[0]): path for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))}
+    homeless = set(numbered) - {number for numbers in PARTS for number in numbers}
+    if homeless: raise SystemExit(f"docs/tables.py: say in PARTS what chapters {sorted(homeless)} are about")
+    def links(numbers): return ", ".join(f"[{numbered[n].stem.replace('_', ' ')}](nbs/{numbered[n].name})" for n in numbers if n in numbered)
+    return table(["chapters", "about"], [[links(numbers), about] for numbers, about in PARTS.items() if links(numbers)])
+
+
+def models() -> str:
+    "List the recipes for COCO with what was published for them."
+    found = {}
+    for recipe in RECIPES:
+        if recipe.data == "coco":
+            family, backbone, epochs = re.fullmatch(r"(.*?_detr)((?:_dc5)?(?:_r101)?)_(\d+)ep", recipe.name).groups()
+            found.setdefault((family, backbone), {})[epochs] = recipe
+    def ap(own, epochs): return "" if epochs not in own else str(own[epochs].published_ap or "none")
+    rows = [[FAMILIES[family], BACKBONE_NAMES[backbone], " ".join(f"`{recipe.name}`" for recipe in own.values()), ap(own, "12"), ap(own, "50")] for (family, backbone), own in found.items()]
+    return table(["model", "backbone", "recipes", "12 epochs", "50 epochs"], rows)
+
+
+def ledger_lines() -> list[list[str]]:
+    "Read the table that chapter 30 printed."
+    notebook = json.loads((NOTEBOOKS / "30_equivalence.ipynb").read_text(encoding="utf-8"))
+    printed = "".join("".join(output["text"]) for cell in notebook["cells"] for output in cell.get("outputs", []) if output.get("name") == "stdout")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("| ")]
+    return lines[1:]
+
+
+def ledger() -> str:
+    "Put the models side by side in chapter 30's table."
+    names, rows = ["conditional_detr", "group_detr", "dab_detr", "dn_detr"], {}
+    for what, against, tolerance, seen, test in ledger_lines():
+        model, colon, what = what.partition(": ") if ": " in what else ("conditional_detr", "", what)
+        rows.setdefault((what, against, tolerance, test), {})[model] = "0" if float(seen) == 0 else seen
+    def limit(tolerance): return "0" if float(tolerance) == 0 else f"{float(tolerance):g}"
+    return table(["what", "against", "at most", *(FAMILIES[name] for name in names), "test"],
+                 [[what, against, limit(tolerance), *(own.get(name, "") for name in names), test] for (what, against, tolerance, test), own in rows.items()])
+
+
+def claim() -> str:
+    "Compare the stored runs, as chapter 31 does."
+    results = read_results(RESULTS, (*CLAIM, "conditional_long"))
+    costs, rows = step_costs({name: results[name] for name in CLAIM}, RESULTS), []
+    for baseline in ("conditional", "dab"):
+        for row in compare({name: results[name] for name in CLAIM}, costs, baseline):
+            mean, least, most = row.whole
+            rows.append([row.label, f"{row.half[0]:.3f}", f"{mean:.3f} ({least:.3f}–{most:.3f})", f"{row.cost:.2f}", f"{row.time:.2f}"])
+    text = table(["", "AP at half of the steps", "AP at the end", "cost of a step", "time until the baseline's last AP"], rows)
+    def changed(name): return sum(point["matched"] for run in results[name] for point in run["instability"]) / sum(len(run["instability"]) for run in results[name])
+    steps, seeds = mean_curve(results["conditional"])[-1][0], {run["seed"] for run in results["conditional"]}
+    sentences = [f"({steps:,} steps, seeds {', '.join(map(str, sorted(seeds)))}.)"]
+    long, five = (next(run for run in results[name] if run["seed"] == 0)["curve"][-1] for name in ("conditional_long", "conditional_groups5"))
+    sentences.append(f"In about the time of the five groups a plain Conditional DETR takes {long['step']:,} steps and ends at {long['AP']:.3f} (seed 0), they at {five['AP']:.3f}.")
+    sentences.append(f"Of the matched queries {changed('dab_noise5'):.2f} change their object from epoch to epoch with denoising, {changed('dab'):.2f} without.")
+    return text + "\n\n" + " ".join(sentences)
+
+
+def written(text: str) -> str:
+    "Give README's text with every part between `<!-- NAME -->` and `<!-- /NAME -->` made anew."
+    for name, make in dict(chapters=chapters, models=models, ledger=ledger, claim=claim).items():
+        text, count = re.subn(rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda match: f"{match[1]}\n{make()}\n\n{match[2]}", text)
+        if count != 1: raise SystemExit(f"README.md: the marks <!-- {name} --> and <!-- /{name} --> must be there once")
+    return text
+
+
+if __name__ == "__main__": README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
