@@ -44,7 +44,7 @@ from .groups import repeat_targets
 from .matcher import CostWeights, class_cost, match
 from .model import QueryDETR
 from .recipes import Recipe, change, recipe_named
-from .train import batch_noise, compile_layers, make_optimizer
+from .train import batch_noise, compile_layers, make_optimizer, reuse_memory
 
 # %% ../nbs/27_bench.ipynb #workload
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ class Subject:
     def __init__(self, workload: Workload):
         torch.manual_seed(0)
         torch.set_num_threads(workload.threads)
+        if workload.device == "cpu": reuse_memory()  # as a run does
         self.workload, self.recipe, device = workload, workload.settings(), workload.device
         self.model = QueryDETR(self.recipe.model).to(device)
         nn.init.normal_(self.model.box_head.layers[-1].weight, std=0.02)  # boxes that differ, as in a model that has learned

@@ -105,7 +105,8 @@ def match(
     objects = pad_objects(targets)
     many = logits[..., 0].numel() * objects[0].shape[1] > 2**18  # pairs
     at_once = 1 if many and logits.device.type == "cpu" else len(logits)  # large tables layer by layer: they stay in the cache
-    costs = [matching_cost(*layers, *objects, weights, giou_eps).float().cpu() for layers in zip(logits.split(at_once), boxes.split(at_once))]  # [1 or L, B, N, T]
+    layers = zip(logits.split(at_once), boxes.split(at_once))
+    costs = [matching_cost(*some, *objects, weights, giou_eps).float().cpu() for some in layers]  # [1 or L, B, N, T] each
     _check_finite(costs, targets)
     start = time.perf_counter()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # scipy lets other threads work; a few tables are not worth it

@@ -42,11 +42,13 @@ def alternative_text(figure: Figure) -> str:
 
 
 def described_png(figure: Figure) -> tuple[bytes, dict]:  # PNG, notebook metadata
-    "Save a figure in 256 colours, less than half of the usual size, with its alternative text."
+    "Save a figure in 256 colours, which makes photographs and scenes less than half as large, with its alternative text."
     full, small = BytesIO(), BytesIO()
     figure.savefig(full, format="png", bbox_inches="tight", facecolor="white")
     image = Image.open(full).convert("RGB")
-    image.quantize(palette=image.quantize(256), dither=Image.Dither.FLOYDSTEINBERG).save(small, "png", optimize=True)
+    colours = image.quantize(255)
+    colours.putpalette([*colours.getpalette()[:765], 255, 255, 255])  # white paper stays white
+    image.quantize(palette=colours, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue(), {"alt": alternative_text(figure)}
 
 
@@ -147,7 +149,7 @@ def show_attention(
     column_names: list[str],
     reference: Tensor | None = None,  # [2] x, y in 0..1: where the query looks
 ) -> np.ndarray:                      # [rows, columns] of axes
-    "Draw attention maps over an image; every map is scaled to its own maximum."
+    "Draw attention maps over an image; every map is scaled to its own range."
     axes = new_axes(*weights.shape[:2], size=1.7)
     for (row, column), ax in np.ndenumerate(axes):
         show_image(image, ax)
@@ -235,7 +237,7 @@ def show_match_history(
     objects = history[history >= 0].unique()
     order = {int(o): i for i, o in enumerate(objects)}
     table = np.array([[order.get(int(o), np.nan) for o in row] for row in history], dtype=float)
-    ax.imshow(table, cmap="tab10", vmin=-0.5, vmax=9.5, aspect="auto", interpolation="nearest")
+    ax.imshow(table, cmap="Set3", vmin=-0.5, vmax=11.5, aspect="auto", interpolation="nearest")
     ax.set(xlabel="epoch", ylabel="query that was ever matched", title=title, yticks=[])
     ax.set_xticks(range(table.shape[1]), range(1, table.shape[1] + 1))
     return ax
@@ -336,6 +338,6 @@ def explore(
     if not has_sliders(): return axes
     plt.show()  # the stills stand above the sliders
     from ipywidgets import interact, interactive
-    def redraw(**values): draw(new_axes(size=1.3 * size)[0, 0], **values)
+    def redraw(**values): draw(new_axes(size=1.1 * size)[0, 0], **values)
     interact(redraw, **{name: interactive.widget_from_abbrev(control, stills[0][name]) for name, control in controls.items()})
     return axes
