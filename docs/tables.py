@@ -91,9 +91,36 @@ def claim() -> str:
     return text + "\n\n" + " ".join(sentences)
 
 
+def timed(name: str) -> dict:
+    "Read what `python -m query_detr.bench … --output results/speed/NAME.json` wrote."
+    return json.loads((RESULTS / "speed" / f"{name}.json").read_text())
+
+
+def speed() -> str:
+    "Sum up the stored measurements of chapter 27's command."
+    def rate(found): return f"{found['rate'][found.get('workload', {}).get('amp') or 'fp32'] / 1e12:.2f}"
+    steps = []
+    for name, how in dict(step0="no dropout", step01="dropout 0.1", bf16="no dropout, `--amp bf16`").items():
+        found = timed(name)
+        seconds, operations = found["step"]["step"]["median"], found["operations"]["step"]
+        steps.append([how, f"{seconds:.2f} s", f"{operations / seconds / 1e12:.2f}", rate(found), f"{found['peak_memory'] / 1e9:.1f} GB"])
+    rivals = [[kind, how, *(f"{timed(name)[part]['ours']['median']:.2f} s, {timed(name)[part]['ratio']:.2f}×" for part in ("step", "inference")), rate(timed(name))]
+              for name, kind, how in (("conditional0.1", "Conditional DETR", "dropout 0.1"), ("conditional0", "Conditional DETR", "no dropout"),
+                                      ("dab0.1", "DAB-DETR", "dropout 0.1"), ("dab0", "DAB-DETR", "no dropout"))]
+    matching = [[str(row["boxes"]), *(f"{1000 * row[way]['median']:.0f} ms" for way in ("plain", "ours")), f"{row['plain']['median'] / row['ours']['median']:.1f}×"] for row in timed("matching")["rows"]]
+    growth, fit = timed("growth"), timed("growth")["fit"]["seconds"]
+    times = [f"{one / growth['seconds'][0]:.1f}" for one in growth["seconds"]]
+    return "\n\n".join([
+        "A training step of `group_detr_12ep`:", table(["", "median", "TFLOP/s", "machine's TFLOP/s", "peak memory"], steps),
+        "Beside transformers' models with the same weights, inputs and dropout, in turns (how many times longer theirs takes):", table(["", "", "our step, theirs", "our inference, theirs", "machine's TFLOP/s"], rivals),
+        f"Matching alone, the plain way (layer by layer, all queries with all objects of the batch) and ours, the same pairs (matrices at {rate(timed('matching'))} TFLOP/s):", table(["boxes per image", "plain", "ours", "ratio"], matching),
+        f"With 1, {', '.join(str(size // growth['sizes'][0]) for size in growth['sizes'][1:-1])} and {growth['sizes'][-1] // growth['sizes'][0]} groups a step takes 1, {', '.join(times[1:-1])} and {times[-1]} times as long: "
+        f"{fit['constant']:.2f} s and {1000 * fit['per_unit']:.2f} s per thousand queries."])
+
+
 def written(text: str) -> str:
     "Give README's text with every part between `<!-- NAME -->` and `<!-- /NAME -->` made anew."
-    for name, make in dict(chapters=chapters, models=models, ledger=ledger, claim=claim).items():
+    for name, make in dict(chapters=chapters, models=models, ledger=ledger, claim=claim, speed=speed).items():
         text, count = re.subn(rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda match: f"{match[1]}\n{make()}\n\n{match[2]}", text)
         if count != 1: raise SystemExit(f"README.md: the marks <!-- {name} --> and <!-- /{name} --> must be there once")
     return text

@@ -56,7 +56,7 @@ def giou(
 
 # %% ../nbs/01_boxes.ipynb #inverse-sigmoid
 def inverse_sigmoid(
-    x: Tensor,           # values in 0..1
+    x: Tensor,           # any shape, in 0..1
     eps: float = 1e-5,   # both ends are cut here: 1e-5 in Conditional DETR, 1e-3 in DAB-DETR and DN-DETR
 ) -> Tensor:
     "Give the logit whose sigmoid is x."

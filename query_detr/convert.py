@@ -255,7 +255,7 @@ def config_of(
 @dataclass(frozen=True, eq=False)
 class Converted:
     "Weights of another library under our names, complete, and what belongs to them."
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]   # any shape: a state dict of `QueryDETR`
     config: ModelConfig
     usage: Usage                 # class names where they are known; detections that the library keeps per image
     origin: str                  # a key of `ORIGINS`
@@ -279,7 +279,7 @@ def table_from_pattern(weights: dict) -> dict:
 
 # %% ../nbs/22_convert.ipynb #convert-weights
 def convert_weights(
-    weights: dict[str, Tensor],   # another library's state dict
+    weights: dict[str, Tensor],   # any shape: another library's state dict
     source: str | Path = "the state dict",  # for messages
     groups: int | None = None,    # K; default: as many as there are 300 queries
     heads: int = 8,               # of attention; not visible in the weights

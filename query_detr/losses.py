@@ -63,7 +63,7 @@ def detection_loss(
     predictions: Predictions,
     targets: Targets,
     assignment: Assignment,
-    normaliser: float | Tensor,  # boxes of the whole step, see `criterion`
+    normaliser: float | Tensor,  # a number: boxes of the whole step, see `criterion`
     giou_eps: float = 0.0,
 ) -> Losses:
     "Compare predictions with the objects that were assigned to them, in all layers at once."

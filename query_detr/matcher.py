@@ -130,9 +130,9 @@ def object_of_query(
 # %% ../nbs/06_matcher.ipynb #instability-class
 class Instability(NamedTuple):
     "How many queries answer for another object than before (DN-DETR §3.1); add them up over images, then divide."
-    changed: Tensor  # queries whose object differs; «no object» counts as an object
-    matched: Tensor  # queries that had an object before or have one after
-    total: Tensor    # all queries
+    changed: Tensor  # scalar: queries whose object differs; «no object» counts as an object
+    matched: Tensor  # scalar: queries that had an object before or have one after
+    total: Tensor    # scalar: all queries
 
 
 def instability(

@@ -165,7 +165,7 @@ def compute_gradients(
 class Step(NamedTuple):
     "What a step found."
     losses: Tensor     # [parts, L] this process's part of the losses, see `PARTS`
-    grad_norm: Tensor  # before clipping
+    grad_norm: Tensor  # scalar, before clipping
     matching: float    # seconds on the host
 
 
