@@ -45,10 +45,11 @@ def described_png(figure: Figure) -> tuple[bytes, dict]:  # PNG, notebook metada
     "Save a figure in 256 colours, which makes photographs and scenes less than half as large, with its alternative text."
     full, small = BytesIO(), BytesIO()
     figure.savefig(full, format="png", bbox_inches="tight", facecolor="white")
-    image = Image.open(full).convert("RGB")
-    colours = image.quantize(255)
-    colours.putpalette([*colours.getpalette()[:765], 255, 255, 255])  # white paper stays white
-    image.quantize(palette=colours, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    image = Image.open(full).convert("RGB").quantize(256)
+    colours = np.array(image.getpalette()).reshape(-1, 3)
+    colours[(colours > 250).all(1)] = 255  # white paper stays white
+    image.putpalette(colours.flatten().tolist())
+    image.save(small, "png", optimize=True)
     return small.getvalue(), {"alt": alternative_text(figure)}
 
 
