@@ -304,6 +304,7 @@ def plain_match(
 def measure_matching(workload: Workload, boxes: tuple[int, ...] = (20, 60, 100), repeat: int = 7) -> dict:
     "Time matching alone, the plain way and ours in turns; both must find the same pairs."
     torch.set_num_threads(workload.threads)
+    if workload.device == "cpu": reuse_memory()
     model, rows = workload.settings().model, []
     for count in boxes:
         generator = torch.Generator().manual_seed(count)
