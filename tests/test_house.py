@@ -50,9 +50,9 @@ def own_module(name: str) -> str:
 CHAPTER_OF = {own_module(name): name for name in NOTEBOOKS if own_module(name)}
 
 
-def none(faults: list[str]) -> None:
-    "Fail with a readable list."
-    assert not faults, f"{len(faults)}:\n" + "\n".join(faults)
+def listed(faults: list[str]) -> str:
+    "What a failing test says."
+    return f"{len(faults)}:\n" + "\n".join(faults)
 
 
 # --- the package -------------------------------------------------------------------------------------
@@ -60,11 +60,11 @@ def none(faults: list[str]) -> None:
 
 def test_every_module_is_a_chapter_of_its_name():
     assert sorted(MODULES) == sorted(CHAPTER_OF)
-    none([f"{module} is exported by {chapter}" for module, chapter in CHAPTER_OF.items() if chapter.partition("_")[2] != module])
+    assert not (faults := [f"{module} is exported by {chapter}" for module, chapter in CHAPTER_OF.items() if chapter.partition("_")[2] != module]), listed(faults)
 
 
 def test_every_public_function_and_class_is_described():
-    none([f"{module}.{node.name} has no docstring" for module in MODULES for node in definitions(module) if not ast.get_docstring(node)])
+    assert not (faults := [f"{module}.{node.name} has no docstring" for module in MODULES for node in definitions(module) if not ast.get_docstring(node)]), listed(faults)
 
 
 def comments_of(module: str) -> dict[int, str]:
@@ -86,7 +86,7 @@ def test_every_tensor_that_a_public_function_takes_or_a_public_class_holds_has_i
             if isinstance(node, ast.FunctionDef): named = [(a.arg, a.annotation, a.annotation.end_lineno if a.annotation else 0) for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
             else: named = [(field.target.id, field.annotation, field.end_lineno) for field in node.body if isinstance(field, ast.AnnAssign)]
             faults += [f"{module}.{node.name}: {name}" for name, annotation, line in named if is_tensor(annotation) and not SHAPE.search(comments.get(line, ""))]
-    none(faults)
+    assert not faults, listed(faults)
 
 
 def imports_of(body: ast.AST) -> list[str]:
@@ -102,7 +102,7 @@ def imports_of(body: ast.AST) -> list[str]:
 
 def test_modules_import_only_modules_of_lower_chapters():
     def rank(module): return int(CHAPTER_OF[module].split("_")[0])
-    none([f"{module} ({rank(module)}) imports {other} ({rank(other)})" for module in MODULES for other in imports_of(tree(module)) if rank(other) >= rank(module)])
+    assert not (faults := [f"{module} ({rank(module)}) imports {other} ({rank(other)})" for module in MODULES for other in imports_of(tree(module)) if rank(other) >= rank(module)]), listed(faults)
 
 
 def parsed(source: str) -> ast.Module:
@@ -159,7 +159,7 @@ def test_every_public_name_is_used_by_an_example_or_by_something_that_is():
     while new := {(module, name) for module, name in new - reached if module in MODULES}:
         reached |= new
         new = set().union(*(named_in(module, definitions_by_name(module)[name]) for module, name in new if name in definitions_by_name(module)))
-    none([f"{module}.{name}" for module in MODULES for name in public(module) if (module, name) not in reached])
+    assert not (faults := [f"{module}.{name}" for module in MODULES for name in public(module) if (module, name) not in reached]), listed(faults)
 
 
 # --- the notebooks -----------------------------------------------------------------------------------
@@ -168,17 +168,17 @@ def test_every_public_name_is_used_by_an_example_or_by_something_that_is():
 def test_notebooks_are_small():
     sizes = {name: path.stat().st_size for name, path in NOTEBOOKS.items()}
     assert sum(sizes.values()) <= 15e6, f"{sum(sizes.values()) / 1e6:.1f} MB in all"
-    none([f"{name}: {size / 1e6:.2f} MB" for name, size in sizes.items() if size > 2e6])
-    none([f"{name}: {len(notebook(name)['cells'])} cells" for name in NOTEBOOKS if len(notebook(name)["cells"]) > 60])
+    assert not (faults := [f"{name}: {size / 1e6:.2f} MB" for name, size in sizes.items() if size > 2e6]), listed(faults)
+    assert not (faults := [f"{name}: {len(notebook(name)['cells'])} cells" for name in NOTEBOOKS if len(notebook(name)["cells"]) > 60]), listed(faults)
 
 
 def test_outputs_hold_no_error_and_no_warning():
-    none([f"{name}, cell {cell}" for name in NOTEBOOKS for cell, output in outputs(name) if output["output_type"] == "error" or output.get("name") == "stderr"])
+    assert not (faults := [f"{name}, cell {cell}" for name in NOTEBOOKS for cell, output in outputs(name) if output["output_type"] == "error" or output.get("name") == "stderr"]), listed(faults)
 
 
 def test_every_picture_has_an_alternative_text():
     def alternative(output): return output.get("metadata", {}).get("image/png", {}).get("alt", "")
-    none([f"{name}, cell {cell}: {alternative(output)!r}" for name in NOTEBOOKS for cell, output in outputs(name) if "image/png" in output.get("data", {}) and len(alternative(output)) < 10])
+    assert not (faults := [f"{name}, cell {cell}: {alternative(output)!r}" for name in NOTEBOOKS for cell, output in outputs(name) if "image/png" in output.get("data", {}) and len(alternative(output)) < 10]), listed(faults)
 
 
 def test_every_link_between_notebooks_leads_somewhere():
@@ -187,11 +187,11 @@ def test_every_link_between_notebooks_leads_somewhere():
         texts = cells(name, "markdown") + ["".join(output["data"]["text/markdown"]) for _, output in outputs(name) if "text/markdown" in output.get("data", {})]
         targets = [target for text in texts for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"(?s)```.*?```|\$[^$\n]*\$", "", text)) if not target.startswith(("http", "#", "data:"))]
         faults += [f"{name}: {target}" for target in targets if not (path.parent / target.partition("#")[0]).exists()]
-    none(faults)
+    assert not faults, listed(faults)
 
 
 def test_every_notebook_begins_with_its_title_and_what_it_is_about():
-    none([name for name in NOTEBOOKS if not re.match(r"# .+\n\n> .+", cells(name, "markdown")[0])])
+    assert not (faults := [name for name in NOTEBOOKS if not re.match(r"# .+\n\n> .+", cells(name, "markdown")[0])]), listed(faults)
 
 
 # --- what is said about the project --------------------------------------------------------------------
