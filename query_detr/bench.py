@@ -14,7 +14,6 @@ import argparse
 import json
 import resource
 import sys
-import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -39,7 +38,7 @@ from torchvision.ops import generalized_box_iou
 import query_detr.criterion as criterion
 from .boxes import to_xyxy
 from .convert import check_exportable, fill_transformers, optional, transformers_config
-from .data import Assignment, Batch, InputError, Predictions, Targets, whole_file
+from .data import Assignment, Batch, InputError, Predictions, Targets, exit_status, whole_file
 from .groups import repeat_targets
 from .matcher import CostWeights, class_cost, match
 from .model import QueryDETR
@@ -544,13 +543,7 @@ def main(against=None, growth=None, matching=False, profile=False, repeat=5, out
 # %% ../nbs/27_bench.ipynb #command-line
 def command_line(arguments: list[str] | None = None) -> int:  # exit status
     "Run `main` with command-line arguments; an error of the user's is told in a line, with exit status 2."
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    options = vars(make_parser().parse_args(arguments))
-    try: main(**options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(main, vars(make_parser().parse_args(arguments)))
 
 # %% ../nbs/27_bench.ipynb #guard
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(command_line())

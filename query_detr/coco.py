@@ -38,7 +38,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from .boxes import to_cxcywh
-from .data import InputError, Sample, map_arrays, seed_of, write_arrays
+from .data import InputError, Sample, exit_status, map_arrays, seed_of, write_arrays
 
 # %% ../nbs/05_coco.ipynb #read-annotations
 def read_annotations(path: Path) -> dict:
@@ -605,14 +605,10 @@ def command_line(arguments: list[str] | None = None) -> int:  # exit status
     "Run `download` with command-line arguments; an error of the user's is told in a line or two, with exit status 2."
     options = vars(make_parser().parse_args(arguments))
     options.pop("command")
-    try: download(**options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    try: return exit_status(download, options)
     except KeyboardInterrupt:
         print("stopped: running it again continues it", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(command_line())

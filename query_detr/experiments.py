@@ -16,7 +16,6 @@ import json
 import platform
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +29,7 @@ from matplotlib.axes import Axes
 from .checkpoints import has_checkpoint, load_newest
 from .coco import Transformed, coco_split, train_transform
 from .criterion import Criterion
-from .data import InputError, whole_file
+from .data import InputError, exit_status, whole_file
 from .denoising import Denoising
 from .evaluate import METRICS
 from .model import QueryDETR
@@ -420,19 +419,17 @@ def make_parser() -> argparse.ArgumentParser:
 # %% ../nbs/26_experiments.ipynb #command-line
 def command_line(arguments: list[str] | None = None) -> int:  # exit status
     "Run `main` with command-line arguments; an error of the user's is told in a line, with exit status 2."
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     options = vars(make_parser().parse_args(arguments))
-    try: main(**options)
-    except (InputError, Fault) as error:
+    try: return exit_status(main, options)
+    except Fault as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return 1
     except Preempted as said:
         print(said, file=sys.stderr)
         return 143
     except KeyboardInterrupt:
         print("stopped: running it again continues it", file=sys.stderr)
         return 130
-    return 0
 
 # %% ../nbs/26_experiments.ipynb #as-script
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(command_line())

@@ -11,7 +11,6 @@ __all__ = ['upright_rgb', 'picture_of', 'open_picture', 'Found', 'sample_of', 'd
 import argparse
 import json
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from tqdm import trange
 
 from .boxes import to_cxcywh
 from .coco import eval_transform
-from .data import InputError, Sample, collate, whole_file
+from .data import InputError, Sample, collate, exit_status, whole_file
 from .evaluate import postprocess
 from .model import QueryDETR
 from .plots import PREDICTION, plt, show_boxes
@@ -215,13 +214,7 @@ def make_parser() -> argparse.ArgumentParser:
 # %% ../nbs/21_predict.ipynb #command-line
 def command_line(arguments: list[str] | None = None) -> int:  # exit status
     "Run `main` with command-line arguments; an error of the user's is told in a line, with exit status 2."
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    options = vars(make_parser().parse_args(arguments))
-    try: main(**options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(main, vars(make_parser().parse_args(arguments)))
 
 # %% ../nbs/21_predict.ipynb #guard
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(command_line())
