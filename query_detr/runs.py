@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunOptions', 'Progress', 'start_run', 'RunLog', 'belongs_before', 'open_tensorboard', 'Meter', 'peak_memory',
            'summed_up', 'Preempted', 'StopSignal', 'Fault', 'not_finite', 'save_replay', 'fault_at', 'replay',
-           'explain', 'train_epoch', 'tell_replaced', 'log_matches', 'after_epoch', 'fit']
+           'explain', 'take_step', 'check_finite', 'train_epoch', 'tell_replaced', 'log_matches', 'after_epoch', 'fit']
 
 # %% ../nbs/24_runs.ipynb #imports
 import errno
@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -292,6 +292,26 @@ def explain(error: BaseException) -> str | None:
         return f"another process of the run was lost (its own message tells why); go on with --resume auto ({text.splitlines()[0][:120]})"
     return None
 
+# %% ../nbs/24_runs.ipynb #take-step
+def take_step(progress: Progress, batches: list[Batch], criterion: Criterion, process: Process, watch: Watch, folder: Path) -> Step:
+    "Take the next step of a run, with the random numbers that belong to it."
+    seed_dropout(seed_of(progress.seed, progress.step, process.rank))
+    try: found = train_step(progress.model, batches, criterion, progress.optimizer, progress.schedule, progress.recipe.clip, process, (progress.seed, progress.epoch),
+                            partial(precision, progress.recipe, process.device), watch, progress.step + 1)
+    except FloatingPointError as error: raise fault_at(progress.step + 1, str(error), progress, batches, folder, process.rank) from None
+    progress.step += 1
+    if progress.average: progress.average.update_parameters(plain(progress.model))
+    return found
+
+
+def check_finite(watch: Watch, progress: Progress, process: Process, folder: Path, load_again: Callable[[int], list[Batch]]) -> None:
+    "Stop with a `Fault` if a step since the last look was not finite."
+    if not watch.bad: return
+    step, here = int(watch.step), not watch.losses.isfinite().all()
+    elsewhere = process.total(torch.tensor(float(here))).item() - here
+    if elsewhere and not here: raise Fault(f"step {step}: another process found losses that are not finite, see its message")
+    raise fault_at(step, not_finite(watch.losses), progress, load_again(step), folder, process.rank)
+
 # %% ../nbs/24_runs.ipynb #train-epoch
 def train_epoch(progress: Progress, train_set, criterion: Criterion, log: RunLog, folder: Path, process: Process, options: RunOptions, stop: StopSignal) -> None:
     "Take the steps that are left of an epoch; save now and then."
@@ -299,32 +319,18 @@ def train_epoch(progress: Progress, train_set, criterion: Criterion, log: RunLog
     transform = train_transform(recipe.augmentation, recipe.short_side or None, recipe.longest_side)
     images = Transformed(train_set, transform, progress.seed, epoch, options.on_bad_image)
     steps = epoch_steps(len(images), recipe.batch_size, progress.seed, epoch)
-    pieces = (micro_batches(step, process, options.micro_batch, images.width) for step in steps[done:])
+    def share(step): return micro_batches(step, process, options.micro_batch, images.width)
+    def load_again(step): return next(load_steps(images, [share(steps[(step - 1) % progress.per_epoch])]))  # a function of seed, epoch and image: the same as then
     meter, watch, replaced = Meter(), Watch(process.device), []
     meter.restart(progress.step)
-
-    def check_finite():
-        if not watch.bad: return
-        step, here = int(watch.step), not watch.losses.isfinite().all()
-        elsewhere = process.total(torch.tensor(float(here))).item() - here
-        if elsewhere and not here: raise Fault(f"step {step}: another process found losses that are not finite, see its message")
-        again = micro_batches(steps[(step - 1) % progress.per_epoch], process, options.micro_batch, images.width)
-        batches = next(load_steps(images, [again]))  # a function of seed, epoch and image: the same as then
-        raise fault_at(step, not_finite(watch.losses), progress, batches, folder, process.rank)
-
-    for batches in meter.waiting(load_steps(images, pieces, options.workers)):
-        seed_dropout(seed_of(progress.seed, progress.step, process.rank))
-        try: found = train_step(progress.model, batches, criterion, progress.optimizer, progress.schedule, recipe.clip, process, (progress.seed, epoch),
-                                partial(precision, recipe, process.device), watch, progress.step + 1)
-        except FloatingPointError as error: raise fault_at(progress.step + 1, str(error), progress, batches, folder, process.rank) from None
-        progress.step += 1
-        if progress.average: progress.average.update_parameters(plain(progress.model))
+    for batches in meter.waiting(load_steps(images, map(share, steps[done:]), options.workers)):
+        found = take_step(progress, batches, criterion, process, watch, folder)
         meter.matched += found.matching
         replaced += [name for batch in batches for name in batch.replaced]
         log.bar.update()
         at_end, stopping = progress.step % progress.per_epoch == 0, stop.anywhere(process)
         logs, saves = progress.step % options.log_every == 0 or at_end, progress.step % options.save_every == 0 or at_end or stopping
-        if logs or saves or process.device == "cpu": check_finite()
+        if logs or saves or process.device == "cpu": check_finite(watch, progress, process, folder, load_again)
         if logs:
             log.losses(dict(epoch=epoch, step=progress.step, **summed_up(process.total(found.losses.clone()), recipe.loss), grad_norm=found.grad_norm.item(),
                             lr=progress.optimizer.param_groups[0]["lr"], **meter.numbers(progress.step, recipe.batch_size, process.device), time=log.time))
