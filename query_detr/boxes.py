@@ -28,11 +28,16 @@ def to_cxcywh(
 def _areas(a, b):
     "Areas of intersection, of union, and of the smallest box around both; a and b broadcast."
     (left, top, right, bottom), (left_b, top_b, right_b, bottom_b) = a.unbind(-1), b.unbind(-1)
-    width, height = torch.minimum(right, right_b) - torch.maximum(left, left_b), torch.minimum(bottom, bottom_b) - torch.maximum(top, top_b)
+    width, height = torch.minimum(right, right_b), torch.minimum(bottom, bottom_b)
+    width -= torch.maximum(left, left_b)  # in place, here and below: tables of all pairs are large
+    height -= torch.maximum(top, top_b)
     intersection = width.clamp(min=0) * height.clamp(min=0)
-    union = (right - left) * (bottom - top) + (right_b - left_b) * (bottom_b - top_b) - intersection
-    around = (torch.maximum(right, right_b) - torch.minimum(left, left_b)) * (torch.maximum(bottom, bottom_b) - torch.minimum(top, top_b))
-    return intersection, union, around
+    union = (right - left) * (bottom - top) + (right_b - left_b) * (bottom_b - top_b)
+    union -= intersection
+    around_width, around_height = (right - left) + (right_b - left_b), (bottom - top) + (bottom_b - top_b)
+    around_width -= width  # both widths count what they share twice; where they share nothing, `width` is the gap, negative
+    around_height -= height
+    return intersection, union, around_width * around_height
 
 # %% ../nbs/01_boxes.ipynb #iou
 def iou(
@@ -52,7 +57,11 @@ def giou(
 ) -> Tensor:           # [...] in -1..1
     "Generalised IoU (Rezatofighi et al. 2019, eq. 1): IoU less the empty share of the box around both."
     intersection, union, around = _areas(a, b)
-    return intersection / (union + eps) - (around - union) / (around + eps)
+    empty = around - union
+    if eps: union, around = union + eps, around + eps
+    giou = intersection / union
+    giou -= empty / around
+    return giou
 
 # %% ../nbs/01_boxes.ipynb #inverse-sigmoid
 def inverse_sigmoid(

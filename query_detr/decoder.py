@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .features import Memory
-from .layers import ACTIVATIONS, Dropout, attend
+from .layers import ACTIVATIONS, Dropout, Linear, attend
 from .queries import QueryState
 
 # %% ../nbs/11_decoder.ipynb #self-attention
@@ -22,9 +22,9 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query_content, self.query_position = nn.Linear(width, width), nn.Linear(width, width)
-        self.key_content, self.key_position = nn.Linear(width, width), nn.Linear(width, width)
-        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.query_content, self.query_position = Linear(width, width), Linear(width, width)
+        self.key_content, self.key_position = Linear(width, width), Linear(width, width)
+        self.value, self.out = Linear(width, width), Linear(width, width)
 
     def forward(
         self,
@@ -55,11 +55,11 @@ class ConditionalCrossAttention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float, first: bool):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query_content, self.query_spatial = nn.Linear(width, width), nn.Linear(width, width)
-        self.key_content, self.key_spatial = nn.Linear(width, width), nn.Linear(width, width)
-        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.query_content, self.query_spatial = Linear(width, width), Linear(width, width)
+        self.key_content, self.key_spatial = Linear(width, width), Linear(width, width)
+        self.value, self.out = Linear(width, width), Linear(width, width)
         self.first = first
-        if first: self.query_position = nn.Linear(width, width)
+        if first: self.query_position = Linear(width, width)
 
     def parts(self, content: Tensor, query_pos: Tensor, spatial_query: Tensor, memory: Memory) -> Parts:
         "Project queries and keys. In the first layer the content is still empty, so positions are added to it as well."
@@ -80,7 +80,7 @@ class ConditionalDecoderLayer(nn.Module):
         super().__init__()
         self.self_attention = SelfAttention(width, heads, dropout)
         self.cross_attention = ConditionalCrossAttention(width, heads, dropout, first)
-        self.widen, self.narrow = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
+        self.widen, self.narrow = Linear(width, feedforward), Linear(feedforward, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.activation, self.dropout = ACTIVATIONS[activation](), Dropout(dropout)
 

@@ -12,12 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, linear
+from torch.nn.functional import interpolate
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 from .data import InputError
-from .layers import ACTIVATIONS, MLP, Dropout, attend, sine_embedding
+from .layers import ACTIVATIONS, MLP, Dropout, Linear, attend, linear, sine_embedding
 
 # %% ../nbs/09_features.ipynb #names
 BLOCKS = {"resnet10": (resnet.BasicBlock, [1, 1, 1, 1]), "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
@@ -94,7 +94,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float, activation: str = "relu"):
         super().__init__()
         self.attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
-        self.widen, self.narrow = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
+        self.widen, self.narrow = Linear(width, feedforward), Linear(feedforward, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.activation, self.dropout = ACTIVATIONS[activation](), Dropout(dropout)
 
@@ -103,7 +103,8 @@ class EncoderLayer(nn.Module):
         own, width = self.attention, tokens.shape[-1]
         query, key = linear(places, own.in_proj_weight[:2 * width], own.in_proj_bias[:2 * width]).chunk(2, -1)
         value = linear(tokens, own.in_proj_weight[2 * width:], own.in_proj_bias[2 * width:])
-        return own.out_proj(attend(query, key, value, own.num_heads, visible, own.dropout if self.training else 0.0))
+        out = attend(query, key, value, own.num_heads, visible, own.dropout if self.training else 0.0)
+        return linear(out, own.out_proj.weight, own.out_proj.bias)
 
     def forward(self, tokens: Tensor, positions: Tensor, pad_mask: Tensor) -> Tensor:  # [B, S, D] → [B, S, D]
         tokens = self.norms[0](tokens + self.dropout(self.attend(tokens + positions, tokens, ~pad_mask[:, None, None])))

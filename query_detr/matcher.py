@@ -10,7 +10,6 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -60,8 +59,8 @@ def matching_cost(
     cost = weights.label * class_cost(logits.mT.gather(-2, wanted))
     ours, theirs = (x.mT.contiguous().mT for x in (boxes, target_boxes))  # in memory all x, then all y, …
     ours, theirs = ours[..., None, :, :], theirs[..., None, :]  # [..., 1, N, 4] and [..., T, 1, 4]
-    cost += weights.l1 * sum((a - b).abs() for a, b in zip(ours.unbind(-1), theirs.unbind(-1)))
-    return (cost - weights.giou * giou(_corners(ours), _corners(theirs), giou_eps)).mT
+    for a, b in zip(ours.unbind(-1), theirs.unbind(-1)): cost.add_((a - b).abs(), alpha=weights.l1)
+    return cost.sub_(giou(_corners(ours), _corners(theirs), giou_eps), alpha=weights.giou).mT
 
 # %% ../nbs/06_matcher.ipynb #pad-objects
 def pad_objects(targets: Targets) -> tuple[Tensor, Tensor]:  # labels [B, T], boxes [B, T, 4], T objects in the fullest image
@@ -81,12 +80,16 @@ def _check_finite(costs, targets):
                                  "the model's logits or boxes hold NaN or infinity (lower the learning rate, or train in fp32 or bf16)")
 
 
-def _solve(costs, image, own):
-    "Hungarian assignment of one image in all layers; costs [·, B, N, T], one after the other → query, target [L, min(N, T)]."
-    tables = [table for cost in costs for table in cost[:, image, :, :own.stop - own.start].mT.numpy()]  # [T, N] lies in memory row by row
-    pairs = np.array([linear_sum_assignment(table)[::-1] for table in tables])
-    pairs = np.take_along_axis(pairs, pairs[:, :1].argsort(-1), -1)  # in the order of the queries
-    return torch.from_numpy(pairs[:, 0]), torch.from_numpy(pairs[:, 1]) + own.start
+def _solve(costs, targets, threads):
+    "Hungarian assignment of every image in every layer; costs [·, B, N, T], one after the other → image [P], query, target [L, P]."
+    def solve_layer(table): return [linear_sum_assignment(rows[:count])[::-1] for rows, count in zip(table, targets.counts)]
+    tables = [table for cost in costs for table in cost.mT.numpy()]  # [B, T, N] each, which lies in memory row by row
+    with ThreadPoolExecutor(threads) as pool: solved = list((pool.map if threads > 1 else map)(solve_layer, tables))
+    pairs = [np.array(layers) for layers in zip(*solved)]  # of each image [L, 2, min(N, T)]
+    pairs = [np.take_along_axis(own, own[:, :1].argsort(-1), -1) for own in pairs]  # in the order of the queries
+    image = np.repeat(np.arange(len(pairs)), [own.shape[-1] for own in pairs])
+    query, target = (np.concatenate(part, 1) for part in zip(*((own[:, 0], own[:, 1] + place.start) for own, place in zip(pairs, targets.slices))))
+    return map(torch.from_numpy, (image, query, target))
 
 # %% ../nbs/06_matcher.ipynb #match
 @torch.no_grad()
@@ -103,16 +106,13 @@ def match(
     if max(targets.counts, default=0) > N:
         warnings.warn(f"an image has more objects than the model has queries ({N}): some objects train nobody. More queries: --set queries=NUMBER")
     objects = pad_objects(targets)
-    many = logits[..., 0].numel() * objects[0].shape[1] > 2**18  # pairs
-    at_once = 1 if many and logits.device.type == "cpu" else len(logits)  # large tables layer by layer: they stay in the cache
+    on_cpu, large = logits.device.type == "cpu", logits[..., 0].numel() * objects[0].shape[1] > 2**18
+    at_once = 1 if on_cpu and large else len(logits)  # large tables layer by layer: they stay in the cache
     layers = zip(logits.split(at_once), boxes.split(at_once))
     costs = [matching_cost(*some, *objects, weights, giou_eps).float().cpu() for some in layers]  # [1 or L, B, N, T] each
     _check_finite(costs, targets)
     start = time.perf_counter()
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # scipy lets other threads work; a few tables are not worth it
-        solved = list((pool.map if many else map)(partial(_solve, costs), range(B), targets.slices))
-    image = torch.cat([torch.full((q.shape[1],), b) for b, (q, _) in enumerate(solved)])
-    query, target = (torch.cat(part, 1) for part in zip(*solved))
+    image, query, target = _solve(costs, targets, threads=1 if on_cpu else torch.get_num_threads())  # on a CPU torch's own threads keep the cores busy
     return Assignment(image, query, target, time.perf_counter() - start).to(logits.device)
 
 # %% ../nbs/06_matcher.ipynb #object-of-query

@@ -21,7 +21,7 @@ from .data import InputError, Predictions, whole_file
 from .decoder import Decoder
 from .denoising import Denoising, LabelTable, Noise, add_noise
 from .features import Backbone, Encoder, Memory, shrink_mask
-from .layers import ACTIVATIONS, MLP, xavier_
+from .layers import ACTIVATIONS, MLP, Linear, xavier_
 from .layout import QueryLayout, folded_attention
 from .queries import AnchorQueries, PointQueries, QueryState
 
@@ -90,7 +90,7 @@ class QueryDETR(nn.Module):
         self.queries = QUERIES[c.reference](c)
         self.labels = LabelTable(c.classes, c.width) if c.denoising.sets else None
         self.decoder = Decoder(c.decoder_layers, c.width, c.heads, c.feedforward, c.dropout, c.activation)
-        self.class_head = nn.Linear(c.width, c.classes)
+        self.class_head = Linear(c.width, c.classes)
         self.box_head = MLP(c.width, c.width, 4, 3)
         initialise_(self)
 

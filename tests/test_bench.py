@@ -82,25 +82,72 @@ def test_mistakes_are_told_in_a_line(arguments, capsys):
 
 def drawn(query, key, dropout):
     "Draw what `PiecewiseAttention` draws."
-    keep = torch.empty(*query.shape[:3], key.shape[2])
-    for image, rows in layers.PiecewiseAttention.pieces(query, key): keep[image, :, rows] = layers.random_keep(keep[image, :, rows].shape, dropout)
-    return keep
+    keep = torch.empty(*query.shape[:3], key.shape[1])
+    for image, rows in layers.PiecewiseAttention.pieces(query, key): keep[image, rows] = layers.random_keep(keep[image, rows].shape, dropout)
+    return keep.transpose(1, 2)
 
 
 @pytest.mark.parametrize("hides", [False, True])
-def test_dropped_attention_equals_the_formula(monkeypatch, hides):
-    monkeypatch.setattr(layers, "PIECE", 3 * 4 * 7)  # three rows of queries in a piece
-    query, key, value = (torch.randn(2, 4, n, d, dtype=torch.float64).float().requires_grad_() for n, d in ((10, 6), (7, 6), (7, 3)))
-    bias = torch.zeros(2, 1, 1, 7).masked_fill(torch.arange(7) > 4, -torch.inf).expand(2, 4, 10, 7) if hides else None
+@pytest.mark.parametrize("rows", [3, 10])  # weights computed again, and kept
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_in_pieces_equals_the_formula(monkeypatch, hides, rows, dropout):
+    monkeypatch.setattr(layers, "PIECE", rows * 4 * 7)
+    query, key, value = (torch.randn(2, n, 4, d).requires_grad_() for n, d in ((10, 6), (7, 6), (7, 3)))
+    assert len(layers.PiecewiseAttention.pieces(query, key)) == 2 * (4 if rows == 3 else 1)
+    bias = torch.zeros(2, 1, 1, 7).masked_fill(torch.arange(7) > 4, -torch.inf).expand(2, 10, 4, 7) if hides else None
+    computed, weights = [], layers.PiecewiseAttention.weights
+    monkeypatch.setattr(layers.PiecewiseAttention, "weights", lambda *piece: computed.append(piece) or weights(*piece))
     torch.manual_seed(1)
-    ours = layers.PiecewiseAttention.apply(query, key, value, bias, 0.3)
+    ours = layers.PiecewiseAttention.apply(query, key, value, bias, dropout).transpose(1, 2)
     torch.manual_seed(1)
-    keep = drawn(query, key, 0.3)
-    plain = ((query @ key.mT / 6**0.5 + (0 if bias is None else bias)).softmax(-1) * keep * layers.keep_scale(0.3)) @ value
+    keep = drawn(query, key, dropout) if dropout else torch.ones(())
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    plain = ((q @ k.mT / 6**0.5 + (0 if bias is None else bias.transpose(1, 2))).softmax(-1) * keep * layers.keep_scale(dropout)) @ v
     weight = torch.randn_like(plain)
     assert torch.allclose(ours, plain, atol=1e-6)
     for a, b in zip(*(torch.autograd.grad(out, (query, key, value), weight) for out in (ours, plain))): assert torch.allclose(a, b, atol=1e-5)
-    assert 0 < keep.mean() < 1
+    assert len(computed) == (16 if rows == 3 else 2)
+    assert not dropout or 0 < keep.mean() < 1
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp64", "bf16", "nothing", "autocast", "slices", "compiled", "without oneDNN"])
+def test_a_linear_layer_is_torchs(monkeypatch, kind):
+    dtype = dict(fp64=torch.float64, bf16=torch.bfloat16).get(kind, torch.float32)
+    monkeypatch.setattr(layers, "LARGE", 1)
+    layer = layers.Linear(48, 20).to(dtype)
+    x = torch.randn(2, 0 if kind == "nothing" else 30, 64, dtype=dtype)[..., 8:56].requires_grad_() if kind != "slices" else torch.randn(48, 30, 2).permute(2, 1, 0).requires_grad_()
+    if kind == "without oneDNN": monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        ours = (torch.compile(layer, backend="eager") if kind == "compiled" else layer)(x)
+    assert ours.dtype == plain.dtype and torch.allclose(ours, plain, atol=1e-5) and not ours._is_view()
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (x, *layer.parameters())) for out in (ours, plain))): assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("large", [1, 2**22])
+def test_large_products_are_convolved_where_onednn_is(monkeypatch, large):
+    called = []
+    monkeypatch.setattr(layers, "conv2d", lambda *arguments, **options: called.append(1) or torch.conv2d(*arguments, **options))
+    monkeypatch.setattr(layers, "LARGE", large)
+    query = torch.randn(1, 5, 8)
+    layers.Linear(8, 8)(query), layers.attend(query, query, query, 2)
+    assert len(called) == (3 if torch.backends.mkldnn.is_available() and large == 1 else 0)
+
+
+def test_attention_in_pieces_is_torchs(monkeypatch):
+    inputs = [torch.randn(2, n, d, requires_grad=True) for n, d in ((30, 24), (40, 24), (40, 16))]
+    visible, found = (torch.arange(40) < torch.tensor([[40], [25]]))[:, None, None], []
+    for large in (2**22, 1):
+        monkeypatch.setattr(layers, "LARGE", large)
+        out = layers.attend(*inputs, 4, visible)
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for a, b in zip(*found): assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_counted_rows_of_pictures_fit():
+    for rows in (1, 7, 16, 31, 100, 127, 600, 1700, 6600):
+        shape = layers._pictures(torch.zeros(rows, 3)).shape
+        assert shape[0] * shape[2] == rows and shape[1] == 3 and (shape[0] == 1 or 16 <= shape[0] <= 64)
 
 
 def test_dropout_keeps_means_and_draws_as_often_as_asked():
@@ -119,9 +166,9 @@ def test_dropout_keeps_means_and_draws_as_often_as_asked():
 
 def test_dropped_attention_has_the_mean_of_attention_without_dropout():
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 2, n, 4) for n in (5, 9, 9))
+    query, key, value = (torch.randn(1, n, 2, 4) for n in (5, 9, 9))
     many = torch.stack([layers.PiecewiseAttention.apply(query, key, value, None, 0.2) for _ in range(4000)])
-    assert (many.mean(0) - scaled_dot_product_attention(query, key, value)).abs().max() < 0.03
+    assert (many.mean(0).transpose(1, 2) - scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))).abs().max() < 0.03
 
 
 def test_the_same_seed_drops_the_same():
