@@ -113,14 +113,22 @@ def speed() -> str:
               for name, kind, how in (("conditional0.1", "Conditional DETR", "dropout 0.1"), ("conditional0", "Conditional DETR", "no dropout"),
                                       ("dab0.1", "DAB-DETR", "dropout 0.1"), ("dab0", "DAB-DETR", "no dropout"))]
     matching = [[str(row["boxes"]), *(f"{1000 * row[way]['median']:.0f} ms" for way in ("plain", "ours")), f"{row['plain']['median'] / row['ours']['median']:.1f}×"] for row in timed("matching")["rows"]]
-    growth, fit = timed("growth"), timed("growth")["fit"]["seconds"]
-    times = [f"{one / growth['seconds'][0]:.1f}" for one in growth["seconds"]]
     return "\n\n".join([
         "A training step of `group_detr_12ep`:", table(["", "median", "TFLOP/s", "machine's TFLOP/s", "peak memory"], steps),
         "Beside transformers' models with the same weights, inputs and dropout, in turns (how many times longer theirs takes):", table(["", "", "our step, theirs", "our inference, theirs", "machine's TFLOP/s"], rivals),
         f"Matching alone, the plain way (layer by layer, all queries with all objects of the batch) and ours, the same pairs (matrices at {rate(timed('matching'))} TFLOP/s):", table(["boxes per image", "plain", "ours", "ratio"], matching),
-        f"With 1, {', '.join(str(size // growth['sizes'][0]) for size in growth['sizes'][1:-1])} and {growth['sizes'][-1] // growth['sizes'][0]} groups a step takes 1, {', '.join(times[1:-1])} and {times[-1]} times as long: "
-        f"{fit['constant']:.2f} s and {1000 * fit['per_unit']:.2f} s per thousand queries."])
+        growth()])
+
+
+def growth() -> str:
+    "Sum up how a step grows with queries, boxes and cells of the feature map."
+    lines = []
+    for name, unit, kinds in (("growth", "queries", "groups of {} queries"), ("growth_boxes", "boxes per image", "boxes per image"), ("growth_size", "cells", "cells of the feature map")):
+        found, fit = timed(name), timed(name)["fit"]["seconds"]
+        counts = [size // found["sizes"][0] for size in found["sizes"]] if name == "growth" else found["sizes"]
+        listed, times = (f"{', '.join(map(str, some[:-1]))} and {some[-1]}" for some in (counts, [f"{one / found['seconds'][0]:.1f}" for one in found["seconds"]]))
+        lines.append(f"With {listed} {kinds.format(found['sizes'][0])} a step takes {times} times as long: {fit['constant']:.2f} s and {1000 * fit['per_unit']:.2f} s per thousand {unit}.")
+    return "\n\n".join(lines)
 
 
 def written(text: str) -> str:

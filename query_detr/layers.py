@@ -31,7 +31,8 @@ LARGE = 2**22  # multiplications from which a convolution is worth its preparati
 
 def _convolves(x, multiplications):
     "Tell whether so many multiplications are faster as a convolution: large ones in fp32 and bf16 on the CPU, where torch has oneDNN."
-    return x.device.type == "cpu" and multiplications >= LARGE and x.dtype != torch.float64 and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling(): return False  # and ask no size, which compiled code would then be bound to
+    return x.device.type == "cpu" and multiplications >= LARGE and x.dtype != torch.float64 and torch.backends.mkldnn.is_available()
 
 
 def _pictures(rows):  # [rows, n] → [pictures, n, rows / pictures, 1]
@@ -195,16 +196,17 @@ class PiecewiseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         query, key, value, bias, *tables = ctx.saved_tensors
-        of_query, of_key, of_value = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
+        of_query = torch.empty_like(query)
+        of_key, of_value = (x.new_zeros(len(x), *x.shape[2:], x.shape[1], dtype=torch.float32) for x in (key, value))  # [B, heads, d, S]: the order in which products are fast
         for (image, rows), weights, keep in zip(PiecewiseAttention.pieces(query, key), tables[::2], tables[1::2]):
             if weights is None: weights = PiecewiseAttention.weights(query, key, bias, (image, rows))
             own = gradient[image, rows] * ctx.scale
             of_weights = per_head(own, value[image].transpose(0, 1))
-            of_value[image] += torch.einsum("qhs,qhe->she", weights if keep is None else weights * keep, own)
+            of_value[image] += torch.einsum("qhe,qhs->hes", own, weights if keep is None else weights * keep)
             of_scores = torch._softmax_backward_data(of_weights if keep is None else of_weights.mul_(keep), weights, -1, weights.dtype)
             of_query[image, rows] = per_head(of_scores, key[image].permute(1, 2, 0)) / math.sqrt(query.shape[-1])
-            of_key[image] += torch.einsum("qhs,qhd->shd", of_scores, query[image, rows] / math.sqrt(query.shape[-1]))
-        return of_query, of_key, of_value, None, None
+            of_key[image] += torch.einsum("qhd,qhs->hds", query[image, rows] / math.sqrt(query.shape[-1]), of_scores)
+        return of_query, of_key.permute(0, 3, 1, 2), of_value.permute(0, 3, 1, 2), None, None
 
 # %% ../nbs/08_layers.ipynb #activations
 ACTIVATIONS = {"relu": partial(nn.ReLU, inplace=True), "prelu": nn.PReLU}
