@@ -121,14 +121,16 @@ def speed() -> str:
 
 
 def growth() -> str:
-    "Sum up how a step grows with queries, boxes and cells of the feature map."
+    "Sum up how a step grows with groups, boxes and cells of the feature map."
     lines = []
-    for name, unit, kinds in (("growth", "queries", "groups of {} queries"), ("growth_boxes", "boxes per image", "boxes per image"), ("growth_size", "cells", "cells of the feature map")):
-        found, fit = timed(name), timed(name)["fit"]["seconds"]
+    for name, kind in (("growth", "groups"), ("growth_boxes", "boxes per image"), ("growth_size", "cells of the feature map")):
+        found = timed(name)
         counts = [size // found["sizes"][0] for size in found["sizes"]] if name == "growth" else found["sizes"]
         listed, times = (f"{', '.join(map(str, some[:-1]))} and {some[-1]}" for some in (counts, [f"{one / found['seconds'][0]:.1f}" for one in found["seconds"]]))
-        lines.append(f"With {listed} {kinds.format(found['sizes'][0])} a step takes {times} times as long: {fit['constant']:.2f} s and {1000 * fit['per_unit']:.2f} s per thousand {unit}.")
-    return "\n\n".join(lines)
+        lines.append(f"With {listed} {kind} a step takes {times} times as long")
+    fit = timed("growth")["fit"]
+    lines[0] += f": {fit['seconds']['constant']:.2f} s and {1000 * fit['seconds']['per_unit']:.2f} s per thousand queries; {fit['bytes']['constant'] / 1e9:.2f} GB and {fit['bytes']['per_unit'] / 1e6:.2f} GB"
+    return ". ".join(lines) + "."
 
 
 def written(text: str) -> str:
