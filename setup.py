@@ -1,8 +1,9 @@
 "Install query_detr; name, version and requirements are those of settings.ini."
+
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
@@ -18,8 +19,10 @@ setup(
     author=settings["author"],
     author_email=settings["author_email"],
     keywords=settings["keywords"],
-    packages=["query_detr"],
+    packages=find_packages(include=["query_detr", "query_detr.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "export", "widgets")},
+    extras_require={
+        extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "export", "widgets")
+    },
 )

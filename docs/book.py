@@ -3,6 +3,7 @@
 Saved outputs are taken as they are, nothing is run. Pages are whole in themselves (pictures, styles) but for MathJax, which draws the equations and is loaded from
 ADDRESS; a copy on the disk will do to read without a network.
 """
+
 import argparse
 import re
 from html import escape
@@ -63,67 +64,105 @@ PAGE = """<!DOCTYPE html>
 
 
 def chapters() -> list[Path]:
-    "List the notebooks in the order of the book: index, then by number."
+    """List the notebooks in the order of the book: index, then by number."""
     found = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if not path.name.startswith("_"))
     return sorted(found, key=lambda path: path.stem != "index")
 
 
 def label(path: Path) -> str:
-    "Name a chapter as the book does: 05 coco."
+    """Name a chapter as the book does: 05 coco."""
     return path.stem.replace("_", " ")
 
 
 def link(path: Path, text: str, here: bool = False) -> str:
-    "Point to the page of a chapter."
+    """Point to the page of a chapter."""
     return f'<a href="{path.stem}.html"{" aria-current=page" if here else ""}>{escape(text)}</a>'
 
 
 def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    "Leave out what only nbdev needs, and what only a running kernel can show."
+    """Leave out what only nbdev needs, and what only a running kernel can show."""
     kept = []
     for cell in notebook.cells:
-        directives = re.findall(r"(?m)^#\| *(.*?)\s*$", cell.source) if cell.cell_type == "code" else []
-        if cell.cell_type == "code": cell.source = re.sub(r"(?m)^#\|.*\n?", "", cell.source).strip("\n")
-        if "hide" in directives or not cell.source: continue
-        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+        directives = (
+            re.findall(r"(?m)^#\| *(.*?)\s*$", cell.source) if cell.cell_type == "code" else []
+        )
+        if cell.cell_type == "code":
+            cell.source = re.sub(r"(?m)^#\|.*\n?", "", cell.source).strip("\n")
+        if "hide" in directives or not cell.source:
+            continue
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
         kept.append(cell)
     notebook.cells = kept
     return notebook
 
 
 def style() -> str:
-    "Give the styles of pages and code, for light and dark screens."
-    light, dark = (HtmlFormatter(style=name, nobackground=True).get_style_defs(".highlight") for name in ("default", "github-dark"))
+    """Give the styles of pages and code, for light and dark screens."""
+    light, dark = (
+        HtmlFormatter(style=name, nobackground=True).get_style_defs(".highlight")
+        for name in ("default", "github-dark")
+    )
     return STYLE + light + "\n@media (prefers-color-scheme: dark) {\n" + dark + "\n}"
 
 
 def page(path: Path, book: list[Path], mathjax: str = MATHJAX) -> str:
-    "Turn one notebook into a page."
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    """Turn one notebook into a page."""
+    exporter = HTMLExporter(
+        template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
+    )
     body, _ = exporter.from_notebook_node(readable(nbformat.read(path, 4)))
     body = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(?=["#])', r"\1.html", body)
     at = book.index(path)
     before, after = (book[i] if 0 <= i < len(book) else None for i in (at - 1, at + 1))
-    turn = "".join(link(other, text.format(label(other))) if other else "<span></span>" for other, text in ((before, "← {}"), (after, "{} →")))
+    turn = "".join(
+        link(other, text.format(label(other))) if other else "<span></span>"
+        for other, text in ((before, "← {}"), (after, "{} →"))
+    )
     contents = "".join(link(other, label(other), other == path) for other in book)
-    return PAGE.format(title=escape(label(path)), style=style(), mathjax=escape(mathjax), contents=contents, body=body, turn=turn)
+    return PAGE.format(
+        title=escape(label(path)),
+        style=style(),
+        mathjax=escape(mathjax),
+        contents=contents,
+        body=body,
+        turn=turn,
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    "Write the pages."
-    parser = argparse.ArgumentParser(prog="python docs/book.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", nargs="?", default="_book", help="where the pages go (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="write only these, for example 12_layout")
-    parser.add_argument("--mathjax", default=MATHJAX, metavar="ADDRESS", help="where pages load MathJax from (default: %(default)s)")
+    """Write the pages."""
+    parser = argparse.ArgumentParser(
+        prog="python docs/book.py", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "folder", nargs="?", default="_book", help="where the pages go (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NOTEBOOK", help="write only these, for example 12_layout"
+    )
+    parser.add_argument(
+        "--mathjax",
+        default=MATHJAX,
+        metavar="ADDRESS",
+        help="where pages load MathJax from (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     folder, book = Path(options.folder), chapters()
     unknown = set(options.only or ()) - {path.stem for path in book}
-    if unknown: parser.error(f"there is no notebook {', '.join(sorted(unknown))}: there are {', '.join(path.stem for path in book)}")
+    if unknown:
+        parser.error(
+            f"there is no notebook {', '.join(sorted(unknown))}: there are {', '.join(path.stem for path in book)}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for path in book:
-        if options.only and path.stem not in options.only: continue
-        (folder / f"{path.stem}.html").write_text(page(path, book, options.mathjax), encoding="utf-8")
+        if options.only and path.stem not in options.only:
+            continue
+        (folder / f"{path.stem}.html").write_text(
+            page(path, book, options.mathjax), encoding="utf-8"
+        )
     print(f"{folder / 'index.html'}")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

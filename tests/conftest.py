@@ -1,4 +1,5 @@
-"What several test modules share."
+"""What several test modules share."""
+
 import os
 from pathlib import Path
 
@@ -12,16 +13,29 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture
 def pictures():
-    "Folder of real pictures that are not part of the repository."
-    if not SHARED.is_dir(): pytest.skip("the real pictures are not here")
+    """Folder of real pictures that are not part of the repository."""
+    if not SHARED.is_dir():
+        pytest.skip("the real pictures are not here")
     return SHARED
 
 
 @pytest.fixture
 def small():
-    "Configuration of a model that runs in milliseconds."
-    return ModelConfig(classes=5, queries=12, width=32, heads=4, encoder_layers=1, decoder_layers=2, feedforward=64, dropout=0.0,
-                       backbone="resnet10", stages=3, norm="batch", freeze_stem=False)
+    """Configuration of a model that runs in milliseconds."""
+    return ModelConfig(
+        classes=5,
+        queries=12,
+        width=32,
+        heads=4,
+        encoder_layers=1,
+        decoder_layers=2,
+        feedforward=64,
+        dropout=0.0,
+        backbone="resnet10",
+        stages=3,
+        norm="batch",
+        freeze_stem=False,
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 usage: step_worker.py OUTPUT MICRO_BATCH CASE
 """
+
 import sys
 from dataclasses import replace
 
@@ -9,18 +10,36 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from query_detr.coco import Transformed, train_transform
+from query_detr.data.coco import Transformed, train_transform
 from query_detr.criterion import Criterion
-from query_detr.data import collate
+from query_detr.batch import collate
 from query_detr.denoising import Denoising
 from query_detr.model import ModelConfig, QueryDETR
-from query_detr.shapes import ShapesDataset
-from query_detr.train import Process, compute_gradients, micro_batches
+from query_detr.data.shapes import ShapesDataset
+from query_detr.run.step import Process, compute_gradients, micro_batches
 
-POINTS = ModelConfig(classes=5, queries=12, width=32, heads=4, encoder_layers=1, decoder_layers=2, feedforward=64, dropout=0.0,
-                     backbone="resnet10", stages=3, norm="group", freeze_stem=False)
+POINTS = ModelConfig(
+    classes=5,
+    queries=12,
+    width=32,
+    heads=4,
+    encoder_layers=1,
+    decoder_layers=2,
+    feedforward=64,
+    dropout=0.0,
+    backbone="resnet10",
+    stages=3,
+    norm="group",
+    freeze_stem=False,
+)
 GROUPS = replace(POINTS, groups=3)
-BOTH = replace(POINTS, reference="anchor", activation="prelu", groups=3, denoising=Denoising(sets=2, hide_padding=True))
+BOTH = replace(
+    POINTS,
+    reference="anchor",
+    activation="prelu",
+    groups=3,
+    denoising=Denoising(sets=2, hide_padding=True),
+)
 VISIBLE = replace(BOTH, denoising=Denoising(sets=2))
 SCENES = ShapesDataset(60, seed=5)
 EMPTY = [i for i in range(len(SCENES)) if not len(SCENES[i][1])][:4]
@@ -37,14 +56,16 @@ CASES = {  # model, and eight scenes; of two processes, the second takes the las
 
 
 def gradients(process: Process, micro_batch: int, case: str = "points") -> dict[str, torch.Tensor]:
-    "Take the same step of eight images, whichever share of it is this process's."
+    """Take the same step of eight images, whichever share of it is this process's."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     config, scenes = CASES[case]
     model = QueryDETR(config)
     torch.nn.init.normal_(model.box_head.layers[-1].weight, std=0.1)
     images = Transformed(SCENES, train_transform("none"))
-    batches = [collate([images[i] for i in piece]) for piece in micro_batches(scenes, process, micro_batch)]
+    batches = [
+        collate([images[i] for i in piece]) for piece in micro_batches(scenes, process, micro_batch)
+    ]
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     compute_gradients(wrapped, batches, Criterion(groups=config.groups), process)
     return {name: p.grad for name, p in model.named_parameters()}
@@ -52,6 +73,9 @@ def gradients(process: Process, micro_batch: int, case: str = "points") -> dict[
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    found = gradients(Process(dist.get_rank(), dist.get_world_size()), int(sys.argv[2]), sys.argv[3])
-    if dist.get_rank() == 0: torch.save(found, sys.argv[1])
+    found = gradients(
+        Process(dist.get_rank(), dist.get_world_size()), int(sys.argv[2]), sys.argv[3]
+    )
+    if dist.get_rank() == 0:
+        torch.save(found, sys.argv[1])
     dist.destroy_process_group()

@@ -1,0 +1,96 @@
+"""The HTML edition: links lead to pages, pictures have their alternative texts, and what only nbdev needs is left out."""
+
+import importlib.util
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def book():
+    """The tool as a module."""
+    spec = importlib.util.spec_from_file_location("book", ROOT / "docs" / "book.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_two_chapters_become_pages_whose_links_lead_to_pages(book, tmp_path):
+    book.main([str(tmp_path), "--only", "01_boxes", "30_equivalence"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "01_boxes.html",
+        "30_equivalence.html",
+    ]
+    pages = {f"{path.stem}.html" for path in (ROOT / "nbs").glob("*.ipynb")}
+    for path in tmp_path.iterdir():
+        text = path.read_text(encoding="utf-8")
+        links = {
+            link.partition("#")[0] for link in re.findall(r'<a[^>]* href="([^"#:]+[^":]*)"', text)
+        }
+        assert ".ipynb" not in "".join(links) and pages <= links, (
+            links
+        )  # the contents name every chapter
+        assert (
+            "#| " not in text
+            and "nbdev_export()" not in text
+            and "prefers-color-scheme: dark" in text
+        )
+        notebook = json.loads((ROOT / "nbs" / f"{path.stem}.ipynb").read_text(encoding="utf-8"))
+        pictures = [
+            output
+            for cell in notebook["cells"]
+            for output in cell.get("outputs", [])
+            if "image/png" in output.get("data", {})
+        ]
+        assert len(re.findall(r"<img[^>]*alt=", text)) == len(pictures) > 0
+
+
+def test_a_chapter_that_is_not_there_is_named(book, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        book.main([str(tmp_path / "new"), "--only", "99_nothing"])
+    assert (
+        "there is no notebook 99_nothing" in capsys.readouterr().err
+        and not (tmp_path / "new").exists()
+    )
+
+
+def test_a_page_keeps_what_is_read_and_leaves_out_what_is_not(book, tmp_path, monkeypatch):
+    picture = new_output(
+        "display_data",
+        {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"},
+        metadata={"image/png": {"alt": "Boxes < 3 & masks"}},
+    )
+    widget = new_output(
+        "display_data",
+        {book.WIDGET: {"model_id": "1", "version_major": 2}, "text/plain": "interactive(…)"},
+    )
+    cells = [
+        new_markdown_cell(
+            "# Title\n\n> quote\n\nSee [02 batch](02_data.ipynb#masks) and $x_i < y$, [papers](https://a.org/b.ipynb)."
+        ),
+        new_code_cell("#| default_exp one"),
+        new_code_cell("#| export\ndef kept(): pass", outputs=[picture, widget]),
+        new_code_cell("#| hide\nimport nbdev; nbdev.nbdev_export()"),
+    ]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "01_one.ipynb")
+    nbformat.write(new_notebook(cells=cells[:1]), tmp_path / "02_data.ipynb")
+    monkeypatch.setattr(book, "NOTEBOOKS", tmp_path)
+    text = book.page(tmp_path / "01_one.ipynb", book.chapters(), "mathjax.js")
+    assert (
+        'href="02_data.html#masks"' in text
+        and 'href="https://a.org/b.ipynb"' in text
+        and 'src="mathjax.js"' in text
+    )
+    assert [unescape(alt) for alt in re.findall(r'alt="([^"]*)"', text)] == ["Boxes < 3 & masks"]
+    assert "kept" in text and not any(
+        word in text
+        for word in ("default_exp", "nbdev_export", "#| export", "interactive(", "In&nbsp;[")
+    )
+    assert "$x_i &lt; y$" in text and "02 data →" in text and "← " not in text

@@ -1,0 +1,80 @@
+"""A step is the same however many processes and micro-batches share it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from step_worker import CASES, IMAGES, gradients
+
+from query_detr.run.step import Process
+
+WORKER = Path(__file__).parents[1] / "step_worker.py"
+
+
+def relative_difference(ours, theirs):
+    """Largest difference of two gradients, in units of 1e-5 · max(1, max |g|)."""
+    largest = max(g.abs().max().item() for g in theirs.values())
+    return max((ours[k] - theirs[k]).abs().max().item() for k in theirs) / (1e-5 * max(1, largest))
+
+
+def in_processes(number, micro_batch, folder, case):
+    output = folder / "gradients.pt"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(number),
+        WORKER,
+        output,
+        str(micro_batch),
+        case,
+    ]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=300)
+    return torch.load(output, weights_only=True)
+
+
+SAME = [case for case in CASES if case != "visible padding"]
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(case):
+    whole = gradients(Process(), IMAGES, case)
+    assert all(g is not None and g.isfinite().all() for g in whole.values())
+    assert relative_difference(gradients(Process(), 4, case), whole) <= 1
+    assert relative_difference(gradients(Process(), 1, case), whole) <= 1
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_two_processes_give_the_gradients_of_one(case, tmp_path):
+    assert (
+        relative_difference(in_processes(2, 4, tmp_path, case), gradients(Process(), IMAGES, case))
+        <= 1
+    )
+
+
+@pytest.mark.parametrize("processes, micro_batch", [(4, 2), (2, 2), (8, 1)])
+def test_more_processes_and_accumulation_give_the_gradients_of_one(
+    processes, micro_batch, tmp_path
+):
+    case = "groups and noise"
+    assert (
+        relative_difference(
+            in_processes(processes, micro_batch, tmp_path, case), gradients(Process(), IMAGES, case)
+        )
+        <= 1
+    )
+
+
+def test_padding_slots_that_are_visible_make_a_step_depend_on_its_micro_batches():
+    """As in the authors' code: how many empty slots an image's noise sees depends on the fullest image beside it."""
+    assert (
+        relative_difference(
+            gradients(Process(), 2, "visible padding"),
+            gradients(Process(), IMAGES, "visible padding"),
+        )
+        > 100
+    )

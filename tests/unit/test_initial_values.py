@@ -1,0 +1,79 @@
+"""A model begins like the references: mean and standard deviation of every parameter, over several seeds."""
+
+import math
+
+import torch
+
+from query_detr.model import ModelConfig, QueryDETR
+
+SEEDS = 6
+CONFIG = ModelConfig(
+    classes=20,
+    queries=50,
+    width=64,
+    heads=4,
+    encoder_layers=1,
+    decoder_layers=2,
+    feedforward=128,
+    backbone="resnet10",
+    stages=1,
+)
+
+
+def uniform(bound):
+    return 0.0, bound / math.sqrt(3)
+
+
+def expected(name: str, shape) -> tuple[float, float]:
+    """Mean and standard deviation that REFERENCES give: Xavier in the transformer, torch's defaults in the heads and projections."""
+    if name == "class_head.bias":
+        return -math.log(99), 0.0
+    if name.startswith("box_head.layers.2"):
+        return 0.0, 0.0
+    if name == "queries.embedding.weight":
+        return 0.0, 1.0
+    if "norm" in name:
+        return (1.0, 0.0) if name.endswith("weight") else (0.0, 0.0)
+    if name.endswith(("in_proj_bias", "out_proj.bias", "_attention.out.bias")):
+        return 0.0, 0.0
+    fan_in = fan_in_of(name, shape)
+    if name.endswith("bias") or name.startswith(("project", "class_head", "box_head")):
+        return uniform(1 / math.sqrt(fan_in))
+    return uniform(math.sqrt(6 / (shape[0] + shape[1])))
+
+
+def fan_in_of(name, shape):
+    if name.startswith("project"):
+        return 64
+    if name.endswith("narrow.bias"):
+        return CONFIG.feedforward
+    return shape[1] if len(shape) > 1 else CONFIG.width
+
+
+def draws():
+    """Values of every parameter over several seeds."""
+    values = {}
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        for name, p in QueryDETR(CONFIG).named_parameters():
+            if not name.startswith("backbone."):
+                values.setdefault(name, []).append(p.detach().flatten())
+    return {
+        name: (torch.cat(v), p.shape)
+        for (name, v), p in zip(
+            values.items(),
+            (q for n, q in QueryDETR(CONFIG).named_parameters() if not n.startswith("backbone.")),
+        )
+    }
+
+
+def test_every_parameter_begins_with_the_mean_and_deviation_of_the_references():
+    for name, (values, shape) in draws().items():
+        mean, std = expected(name, shape)
+        error = 5 * std / math.sqrt(len(values)) + 1e-5  # five standard errors
+        assert abs(values.mean().item() - mean) < error, (
+            f"{name}: mean {values.mean():.4f}, expected {mean:.4f}"
+        )
+        assert abs(values.std(correction=0).item() - std) < error, (
+            f"{name}: deviation {values.std():.4f}, expected {std:.4f}"
+        )

@@ -1,0 +1,250 @@
+"""Conditional, Group, DAB- and DN-DETR equal detrex (in the variants that equal the authors' code); Conditional DETR equals transformers too."""
+
+import pytest
+import torch
+from golden import CONFIGS, IMAGES, Golden
+
+from query_detr.use.interop import from_transformers
+from query_detr.criterion import weighted_total
+from query_detr.batch import Assignment
+from query_detr.groups import unfold_assignment
+from query_detr.losses import detection_loss
+from query_detr.model import ModelConfig, QueryDETR
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def golden(request):
+    return Golden(request.param)
+
+
+@pytest.fixture(scope="module")
+def dn():
+    return Golden("dn_detr")
+
+
+def difference(ours, theirs):
+    return (ours - theirs).abs().max().item()
+
+
+@pytest.mark.parametrize("variant", ["eval_official", "train_official"])
+def test_outputs_of_every_layer_equal_the_reference(golden, variant):
+    model, noise, groups = golden.model(), None, 1
+    if variant == "train_official":
+        noise, groups = golden.noise(), golden.config.groups
+    memory = golden.memory(model)
+    hidden, references = model.decode(memory, groups, noise)
+    predictions = model.detect(memory, groups, noise)
+    first = noise.total if noise else 0
+    assert (
+        difference(
+            memory.positions.transpose(1, 2).unflatten(2, memory.size), golden["inputs/pos_embed"]
+        )
+        < 2e-5
+    )
+    assert difference(memory.tokens, golden[f"{variant}/memory"]) < 2e-5
+    assert difference(references, golden[f"{variant}/references"].expand_as(references)) < 2e-5
+    assert (
+        hidden.shape == golden[f"{variant}/hidden_states"].shape
+        and difference(hidden, golden[f"{variant}/hidden_states"]) < 2e-5
+    )
+    assert difference(predictions.logits[:, :, first:], golden[f"{variant}/logits"]) < 2e-5
+    assert difference(predictions.boxes[:, :, first:], golden[f"{variant}/boxes"]) < 2e-5
+    if noise:
+        assert difference(predictions.logits[:, :, :first], golden[f"{variant}/dn_logits"]) < 2e-5
+        assert difference(predictions.boxes[:, :, :first], golden[f"{variant}/dn_boxes"]) < 2e-5
+
+
+@pytest.fixture(scope="module")
+def outcome(golden):
+    with torch.no_grad():
+        return golden.criterion()(
+            golden.train_predictions(golden.model()),
+            golden.targets(),
+            len(golden.targets()),
+            golden.noise(),
+        )
+
+
+def test_assignment_equals_the_reference_in_every_layer(golden, outcome):
+    targets = golden.targets()
+    assignment = unfold_assignment(
+        outcome.assignment, targets, golden.config.groups, golden.config.queries
+    )
+    for layer in range(golden.config.decoder_layers):
+        for image, own in enumerate(targets.slices):
+            here = assignment.batch == image
+            assert (
+                assignment.query[layer, here].tolist()
+                == golden[f"train_official/match/layer{layer}/image{image}/query"].tolist()
+            )
+            assert (assignment.target[layer, here] - own.start).tolist() == golden[
+                f"train_official/match/layer{layer}/image{image}/target"
+            ].tolist()
+
+
+def assert_losses_equal(golden, losses, suffix="", folder="loss"):
+    layers = golden.config.decoder_layers
+    for ours, theirs in zip(losses, ("loss_class", "loss_bbox", "loss_giou")):
+        if folder == "loss_official" and theirs != "loss_class":
+            continue
+        for layer in range(layers):
+            number = "" if layer == layers - 1 else f"_{layer}"
+            assert ours[layer].item() == pytest.approx(
+                golden[f"train_official/{folder}/{theirs}{suffix}{number}"].item(), rel=1e-5
+            )
+
+
+def test_every_loss_equals_the_reference(golden, outcome):
+    assert_losses_equal(golden, outcome.losses)
+    total = "total_loss_official_dn_class" if outcome.noise_losses else "total_loss"
+    assert outcome.total.item() == pytest.approx(golden[f"train_official/{total}"].item(), rel=1e-5)
+
+
+def noise_losses_with_padding(golden, predictions, count):
+    """What detrex computes: empty slots are trained as background."""
+    noise, layers = golden.noise(), golden.config.decoder_layers
+    known = Assignment(
+        noise.assignment.batch,
+        noise.assignment.query.expand(layers, -1),
+        noise.assignment.target.expand(layers, -1),
+    )
+    return detection_loss(
+        predictions.part(slice(noise.total)),
+        golden.targets(),
+        known,
+        count * noise.sets,
+        golden.criterion().giou_eps,
+    )
+
+
+def test_noise_losses_equal_the_authors_and_with_padding_counted_detrex(dn):
+    predictions, count = dn.train_predictions(dn.model()), len(dn.targets())
+    ours = dn.criterion()(predictions, dn.targets(), count, dn.noise()).noise_losses
+    assert_losses_equal(dn, ours, "_dn", "loss_official")
+    assert_losses_equal(dn, noise_losses_with_padding(dn, predictions, count), "_dn")
+    assert (
+        ours.label < 0.99 * noise_losses_with_padding(dn, predictions, count).label
+    ).all()  # there, padding is not free
+
+
+def test_gradient_of_every_parameter_equals_the_reference(golden):
+    model, features, targets = (
+        golden.model(),
+        golden["inputs/features"].requires_grad_(),
+        golden.targets(),
+    )
+    predictions, noise = golden.train_predictions(model, features), golden.noise()
+    criterion = golden.criterion()
+    if noise:  # the stored gradients count empty slots as background
+        losses, _ = criterion.matching(
+            predictions.part(slice(noise.total, None)), targets, len(targets)
+        )
+        total = weighted_total(losses, criterion.weights) + weighted_total(
+            noise_losses_with_padding(golden, predictions, len(targets)), criterion.weights
+        )
+    else:
+        total = criterion(predictions, targets, len(targets)).total
+    assert total.item() == pytest.approx(golden["train_official/total_loss"].item(), rel=1e-5)
+    total.backward()
+    assert difference(features.grad, golden["train_official/grad/features"]) < 1e-6
+    for ours, theirs in golden.names().items():
+        norm, expected = (
+            model.get_parameter(ours).grad.norm().item(),
+            golden[f"train_official/grad_norm/{theirs}"].item(),
+        )
+        is_key_bias = ours.endswith(("key_content.bias", "key_position.bias", "key_spatial.bias"))
+        assert abs(norm - expected) <= (0 if is_key_bias else 3e-4 * expected) + 3e-5, ours
+
+
+def test_stored_draws_give_the_references_noise(dn):
+    noise, model, sets = dn.noise(), dn.model(), dn.config.denoising.sets
+    state, layout = model.make_queries(IMAGES, 1, noise)
+    filled = ~noise.empty
+    by_slot = {
+        (b, q): i
+        for i, (b, q) in enumerate(
+            zip(noise.assignment.batch.tolist(), noise.assignment.query[0].tolist())
+        )
+    }
+    labels, boxes = (
+        torch.stack([x[b, q] for b, q in by_slot]) for x in (noise.labels, noise.boxes)
+    )
+    assert filled.sum() == len(by_slot) == sets * len(dn.targets())
+    assert (
+        torch.equal(labels, dn["dn/noised_labels"])
+        and difference(boxes, dn["dn/noised_boxes"]) < 1e-6
+    )
+    assert torch.equal(
+        state.content[:, : noise.total], dn["dn/noised_label_queries"].to(state.content)
+    )
+    assert (
+        difference(state.reference[:, : noise.total], dn["dn/noised_box_queries"].sigmoid()) < 1e-6
+    )
+    assert torch.equal(~layout.visible(), dn["dn/attn_mask"])
+    assert (
+        dn.draws().label.max() == dn.config.classes
+    )  # «no object», which `sample_noise` never draws
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_outputs_equal_transformers(seed):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.ConditionalDetrConfig(
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        num_queries=10,
+        num_labels=5,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        use_pretrained_backbone=False,
+        auxiliary_loss=False,
+    )
+    theirs = transformers.ConditionalDetrForObjectDetection(config).eval()
+    for (
+        name,
+        parameter,
+    ) in (
+        theirs.named_parameters()
+    ):  # away from the first values, which leave much of the model silent
+        if "query_position_embeddings" in name:
+            parameter.data.normal_()
+        elif "backbone" not in name:
+            parameter.data.add_(
+                torch.randn_like(parameter)
+                * (0.3 if parameter.dim() == 1 else parameter[0].numel() ** -0.5)
+            )
+        if "input_projection.weight" in name:
+            parameter.data.mul_(20)  # the features of an untrained backbone are faint
+        if ".q_" in name or ".k_" in name:
+            parameter.data.mul_(4)  # sharper attention, so that queries differ
+    ours = QueryDETR(
+        ModelConfig(
+            classes=5,
+            queries=10,
+            width=64,
+            heads=4,
+            encoder_layers=2,
+            decoder_layers=3,
+            feedforward=96,
+        )
+    ).eval()
+    loaded = ours.load_state_dict(from_transformers(theirs.state_dict()), strict=False)
+    assert not loaded.unexpected_keys and all(
+        k.startswith("backbone.") for k in loaded.missing_keys
+    )
+
+    images, pad_mask = torch.randn(2, 3, 128, 160), torch.zeros(2, 128, 160, dtype=torch.bool)
+    pad_mask[1, :, 100:] = pad_mask[1, 90:] = True
+    with torch.no_grad():
+        expected = theirs(pixel_values=images, pixel_mask=(~pad_mask).long())
+        features = theirs.model.backbone(images, (~pad_mask).long())[-1][0]
+        predictions = ours.detect(ours.encode(features, pad_mask))
+    assert (
+        expected.logits.std(1).mean() > 5e-3 and expected.pred_boxes.std(1).max() > 0.05
+    )  # queries differ: the comparison is about something
+    assert difference(predictions.logits[-1], expected.logits) < 2e-5
+    assert difference(predictions.boxes[-1], expected.pred_boxes) < 2e-5
