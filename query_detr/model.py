@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save as safetensors_bytes
 from torch import Tensor, nn
 
 from .boxes import inverse_sigmoid
-from .batch import InputError, Predictions, whole_file
+from .batch import InputError, Predictions
+from .data.files import whole_file
 from .decoder import Decoder
 from .denoising import Denoising, LabelTable, Noise, add_noise
 from .features import Backbone, Encoder, Memory, shrink_mask

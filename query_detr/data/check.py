@@ -19,7 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from .coco import read_annotations
-from ..batch import InputError, whole_file
+from ..batch import InputError
+from .files import whole_file
 from ..use.plots import TARGET, new_axes, plt, show_boxes
 
 # %% ../../nbs/runs/25_check.ipynb #constants

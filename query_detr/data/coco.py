@@ -38,7 +38,8 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from ..boxes import to_cxcywh
-from ..batch import InputError, Sample, exit_status, map_arrays, seed_of, write_arrays
+from ..batch import InputError, Sample, exit_status, seed_of
+from .files import map_arrays, write_arrays
 
 # %% ../../nbs/runs/23_coco.ipynb #read-annotations
 def read_annotations(path: Path) -> dict:

@@ -43,15 +43,8 @@ from query_detr.use.interop import (
     optional,
     transformers_config,
 )
-from query_detr.batch import (
-    Assignment,
-    Batch,
-    InputError,
-    Predictions,
-    Targets,
-    exit_status,
-    whole_file,
-)
+from ..batch import Assignment, Batch, InputError, Predictions, Targets, exit_status
+from ..data.files import whole_file
 from ..groups import repeat_targets
 from ..attention import linear
 from ..matcher import CostWeights, class_cost, match

@@ -29,7 +29,8 @@ from matplotlib.axes import Axes
 from ..run.checkpoints import has_checkpoint, load_newest
 from ..data.coco import Transformed, coco_split, train_transform
 from ..criterion import Criterion
-from ..batch import InputError, exit_status, whole_file
+from ..batch import InputError, exit_status
+from ..data.files import whole_file
 from ..denoising import Denoising
 from ..run.evaluate import METRICS
 from ..model import QueryDETR

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from ..batch import InputError, whole_file
+from ..batch import InputError
+from ..data.files import whole_file
 from ..features import Backbone
 
 # %% ../../nbs/runs/34_checkpoints.ipynb #save

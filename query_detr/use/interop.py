@@ -35,7 +35,8 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from ..run.checkpoints import check_keys
 from ..data.coco import fetch
-from ..batch import InputError, whole_file
+from ..batch import InputError
+from ..data.files import whole_file
 from ..features import BLOCKS
 from ..model import ModelConfig, QueryDETR, Usage
 from ..run.recipes import ANCHORS, NOISE, POINTS

@@ -25,7 +25,8 @@ from tqdm import trange
 
 from ..boxes import to_cxcywh
 from ..data.coco import eval_transform
-from ..batch import InputError, Sample, collate, exit_status, whole_file
+from ..batch import InputError, Sample, collate, exit_status
+from ..data.files import whole_file
 from ..run.evaluate import postprocess
 from ..model import QueryDETR
 from .plots import PREDICTION, plt, show_boxes

@@ -28,7 +28,8 @@ from query_detr.data.coco import (
     to_tensor,
     train_transform,
 )
-from query_detr.batch import InputError, Sample, collate, map_arrays, whole_file, write_arrays
+from query_detr.batch import InputError, Sample, collate
+from query_detr.data.files import map_arrays, whole_file, write_arrays
 from query_detr.data.shapes import ShapesDataset
 
 SCENES = ShapesDataset(12, seed=0)
