@@ -10,7 +10,8 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from query_detr import checkpoints, launch
+from query_detr import launch
+from query_detr.run import checkpoints
 from query_detr.batch import InputError, Targets
 from query_detr.denoising import Denoising, apply_noise, sample_noise
 from query_detr.model import QueryDETR, one_group

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from query_detr import coco
+from query_detr.data import coco
 from query_detr.data.coco import (
     CocoDetection,
     Transformed,

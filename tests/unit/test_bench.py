@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from query_detr import bench, layers
+from query_detr import attention as layers
+from query_detr.lab import bench
 from query_detr.lab.bench import (
     Workload,
     count,

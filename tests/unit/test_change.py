@@ -6,7 +6,9 @@ import pytest
 import torch
 from torchvision.models import resnet
 
-from query_detr import denoising, features, model
+from query_detr import denoising
+from query_detr import features
+from query_detr import model
 from query_detr.criterion import Criterion
 from query_detr.batch import collate
 from query_detr.data.coco import Transformed, eval_transform

@@ -12,7 +12,7 @@ import torch
 from golden import ANCHORS, CONFIGS, POINTS, Golden
 from safetensors.torch import save_file
 
-from query_detr import convert
+from query_detr.use import interop as convert
 from query_detr.use.interop import (
     COCO_IDS,
     COCO_NAMES,

@@ -12,18 +12,16 @@ from test_isolation import COMBINATIONS, PATHS, Step, is_isolated
 from test_padding import shift_caused_by_padding
 from test_same_step import relative_difference
 
-from query_detr import (
-    criterion,
-    decoder,
-    denoising,
-    features,
-    layers,
-    layout,
-    losses,
-    matcher,
-    queries,
-    train,
-)
+from query_detr import attention as layers
+from query_detr import criterion
+from query_detr import decoder
+from query_detr import denoising
+from query_detr import features
+from query_detr import layout
+from query_detr import losses
+from query_detr import matcher
+from query_detr import queries
+from query_detr.run import step as train
 from query_detr.boxes import iou
 from query_detr.criterion import Criterion
 from query_detr.matcher import match
