@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from query_detr.use.interop import from_detrex
-from query_detr.criterion import Criterion, LossWeights
+from query_detr.criterion import Criterion
+from query_detr.matcher import TermWeights
 from query_detr.batch import Targets
 from query_detr.denoising import Denoising, Noise, NoiseDraws, apply_noise
 from query_detr.model import ModelConfig, QueryDETR
@@ -92,7 +93,7 @@ class Golden:
         return apply_noise(self.targets(), self.draws(), self.config.denoising.box_noise)
 
     def criterion(self) -> Criterion:
-        weights = LossWeights(label=1.0) if self.config.reference == "anchor" else LossWeights()
+        weights = TermWeights(label=1.0) if self.config.reference == "anchor" else TermWeights()
         return Criterion(weights=weights, giou_eps=1e-6, groups=self.config.groups)
 
     def memory(self, model: QueryDETR, features=None):

@@ -47,7 +47,7 @@ from ..batch import Assignment, Batch, InputError, Predictions, Targets, exit_st
 from ..data.files import whole_file
 from ..groups import repeat_targets
 from ..attention import linear
-from ..matcher import CostWeights, class_cost, match
+from ..matcher import TermWeights, class_cost, match
 from ..model import QueryDETR
 from ..run.recipes import Recipe, change, recipe_named
 from ..run.step import batch_noise, compile_layers, make_optimizer, reuse_memory
@@ -181,9 +181,7 @@ class Subject:
         )  # boxes that differ, as in a model that has learned
         if workload.compile:
             compile_layers(self.model)
-        self.criterion = criterion.Criterion(
-            self.recipe.cost, self.recipe.loss, self.recipe.giou_eps, self.recipe.model.groups
-        )
+        self.criterion = self.recipe.criterion()
         self.optimizer = make_optimizer(self.model, self.recipe)
         self.batch = made_up_batch(workload, self.recipe.model.classes).to(device)
         self.features = (
@@ -402,7 +400,7 @@ def plain_match(
     logits: Tensor,  # [L, B · K, N, C]
     boxes: Tensor,  # [L, B · K, N, 4]
     targets: Targets,  # of B images, not repeated
-    weights: CostWeights = CostWeights(),
+    weights: TermWeights = TermWeights(),
 ) -> Assignment:  # to repeated targets, as `match` gives it
     """Match as one would write it first: layer by layer, all queries of the batch with all objects of the batch in one table, solved block by block."""
     groups, found = logits.shape[1] // len(targets.counts), []

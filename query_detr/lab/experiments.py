@@ -28,7 +28,6 @@ from matplotlib.axes import Axes
 
 from ..run.checkpoints import has_checkpoint, load_newest
 from ..data.coco import Transformed, coco_split, train_transform
-from ..criterion import Criterion
 from ..batch import InputError, exit_status
 from ..data.files import whole_file
 from ..denoising import Denoising
@@ -364,7 +363,7 @@ def timed_steps(recipe: Recipe, steps: int, pictures: str | None = None) -> Iter
         0,
     )
     progress, process = new_progress(recipe, 0, len(images)), Process()
-    criterion = Criterion(recipe.cost, recipe.loss, recipe.giou_eps, recipe.model.groups)
+    criterion = recipe.criterion()
     for batches in load_steps(
         images,
         [

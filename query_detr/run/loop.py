@@ -10,6 +10,7 @@ __all__ = ['RunOptions', 'Progress', 'start_run', 'RunLog', 'belongs_before', 'o
 # %% ../../nbs/runs/37_loop.ipynb #imports
 import errno
 import json
+import math
 import resource
 import signal
 import threading
@@ -30,13 +31,12 @@ from tqdm import tqdm
 
 from .checkpoints import load, load_newest, save, save_newest
 from ..data.coco import Transformed, train_transform
-from ..criterion import Criterion, LossWeights
+from ..criterion import Criterion
 from ..batch import Batch, InputError, Targets, seed_of
-from ..matcher import instability
+from ..matcher import TermWeights, instability
 from ..model import QueryDETR
 from .recipes import Recipe, differences, recipe_from_dict
 from query_detr.run.step import (
-    PARTS,
     Process,
     Step,
     Watch,
@@ -294,15 +294,15 @@ def peak_memory(device: str) -> float:
 
 
 def summed_up(
-    losses: Tensor, weights: LossWeights
-) -> dict[str, float | list]:  # [parts, L] → loss, its parts, and the loss of every layer
+    losses: dict[str, Tensor],  # [L] by name
+    weights: TermWeights,
+) -> dict[str, float | list]:  # loss, its parts, and the loss of every layer
     """Write out the losses of a step: their weighted sum, every part over all layers, every layer over all parts."""
-    scale = losses.new_tensor([weights.label, weights.l1, weights.giou]).repeat(len(losses) // 3)
-    of_layers = (scale[:, None] * losses).sum(0)
+    layer_loss = torch.stack([weights.of(name) * loss for name, loss in losses.items()]).sum(0)
     return dict(
-        loss=of_layers.sum().item(),
-        **dict(zip(PARTS, losses.sum(1).tolist())),
-        layer_loss=of_layers.tolist(),
+        loss=layer_loss.sum().item(),
+        **{name: loss.sum().item() for name, loss in losses.items()},
+        layer_loss=layer_loss.tolist(),
     )
 
 # %% ../../nbs/runs/37_loop.ipynb #stop
@@ -337,11 +337,13 @@ class Fault(Exception):
     """A step went wrong in a way that training on would not mend."""
 
 
-def not_finite(losses: Tensor) -> str:  # [parts, L]
+def not_finite(losses: dict[str, Tensor]) -> str:  # [L] by name
     """Name the parts of the loss that are not finite."""
     wrong = [
-        f"{PARTS[part]} of decoder layer {layer + 1}"
-        for part, layer in (~losses.isfinite()).nonzero().tolist()
+        f"{name} of decoder layer {layer + 1}"
+        for name, loss in losses.items()
+        for layer, value in enumerate(loss.tolist())
+        if not math.isfinite(value)
     ]
     if wrong:
         return f"{', '.join(wrong[:6])}{' and more' * (len(wrong) > 6)} not finite"
@@ -415,7 +417,7 @@ def replay(path: str | Path, device: str = "cpu") -> str:
         for b in content["batches"]
     ]
     seed_dropout(seed_of(content["seed"], content["step"] - 1, content["rank"]))
-    criterion = Criterion(recipe.cost, recipe.loss, recipe.giou_eps, recipe.model.groups)
+    criterion = recipe.criterion()
     lines = [
         f"{path}: step {content['step']} of recipe {recipe.name}, process {content['rank']}; then: {content['said']}"
     ]
@@ -437,9 +439,10 @@ def replay(path: str | Path, device: str = "cpu") -> str:
     ]
     lines += [
         f"{part:<17}" + "  ".join(f"{x:.4g}" for x in row)
-        for part, row in zip(PARTS, losses.tolist())
+        for part, row in ((name, loss.tolist()) for name, loss in losses.items())
     ]
-    now = not_finite(losses) if not losses.isfinite().all() else "all losses are finite"
+    finite = all(loss.isfinite().all() for loss in losses.values())
+    now = "all losses are finite" if finite else not_finite(losses)
     return "\n".join(
         [
             *lines,
@@ -520,7 +523,8 @@ def check_finite(
     """Stop with a `Fault` if a step since the last look was not finite."""
     if not watch.bad:
         return
-    step, here = int(watch.step), not watch.losses.isfinite().all()
+    step = int(watch.step)
+    here = not all(loss.isfinite().all() for loss in watch.losses.values())
     elsewhere = process.total(torch.tensor(float(here))).item() - here
     if elsewhere and not here:
         raise Fault(
@@ -568,11 +572,12 @@ def train_epoch(
         if logs or saves or process.device == "cpu":
             check_finite(watch, progress, process, folder, load_again)
         if logs:
+            summed = process.total(torch.stack([*found.losses.values()]))  # over all processes
             log.losses(
                 dict(
                     epoch=epoch,
                     step=progress.step,
-                    **summed_up(process.total(found.losses.clone()), recipe.loss),
+                    **summed_up(dict(zip(found.losses, summed, strict=True)), recipe.loss),
                     grad_norm=found.grad_norm.item(),
                     lr=progress.optimizer.param_groups[0]["lr"],
                     **meter.numbers(progress.step, recipe.batch_size, process.device),
@@ -683,7 +688,7 @@ def fit(
 ) -> dict[str, float]:  # COCO's 12 numbers of the last evaluation
     """Train, save and evaluate until the recipe's last epoch. What follows an epoch comes after its checkpoint, so a run that goes on from one does it (again)."""
     recipe, metrics = progress.recipe, {}
-    criterion = Criterion(recipe.cost, recipe.loss, recipe.giou_eps, recipe.model.groups)
+    criterion = recipe.criterion()
     log = RunLog(
         folder,
         process,

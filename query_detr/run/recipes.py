@@ -12,10 +12,10 @@ __all__ = ['POINTS', 'ANCHORS', 'NOISE', 'BACKBONES', 'CONDITIONAL', 'DAB', 'DN'
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 
-from ..criterion import LossWeights
 from ..batch import InputError
+from ..criterion import Criterion
 from ..denoising import Denoising
-from ..matcher import CostWeights
+from ..matcher import TermWeights
 from ..model import ModelConfig, config_from_dict
 
 # %% ../../nbs/runs/30_recipes.ipynb #recipe
@@ -28,8 +28,8 @@ class Recipe:
     published_ap: float | None = None  # COCO val2017 box AP, in percent
     note: str = ""  # what a reader should know before comparing
     model: ModelConfig = ModelConfig()
-    cost: CostWeights = CostWeights()
-    loss: LossWeights = LossWeights()
+    cost: TermWeights = TermWeights()
+    loss: TermWeights = TermWeights()
     giou_eps: float = 0.0
     data: str = "coco"  # coco, or shapes (drawn, no download)
     scene_objects: int = 4  # most objects in a drawn training scene; validation scenes have up to 4
@@ -91,6 +91,10 @@ class Recipe:
         processes = "" if self.data == "shapes" else "--nproc_per_node 8 "
         return f"torchrun {processes}query_detr/launch.py --recipe {self.name}"
 
+    def criterion(self) -> Criterion:
+        """Build the criterion that trains this recipe's model."""
+        return Criterion(self.cost, self.loss, self.giou_eps, self.model.groups)
+
 # %% ../../nbs/runs/30_recipes.ipynb #settings
 def settings(recipe: Recipe) -> dict[str, object]:
     """Flatten a recipe: `model.width`, `lr`, …"""
@@ -138,7 +142,7 @@ def coco_recipe(
 ) -> Recipe:
     """Give the settings that Conditional, DAB-, DN- and Group DETR share on COCO, and what anchors change in the loss; a dilated backbone halves the images per GPU."""
     of_anchors = (
-        dict(loss=LossWeights(label=1.0), giou_eps=1e-6, keep=300)
+        dict(loss=TermWeights(label=1.0), giou_eps=1e-6, keep=300)
         if model.reference == "anchor"
         else {}
     )
@@ -372,7 +376,7 @@ def recipe_from_dict(content: dict) -> Recipe:
     """Rebuild a recipe from what `asdict` made of it."""
     nested = dict(
         model=config_from_dict(content["model"]),
-        cost=CostWeights(**content["cost"]),
-        loss=LossWeights(**content["loss"]),
+        cost=TermWeights(**content["cost"]),
+        loss=TermWeights(**content["loss"]),
     )
     return Recipe(**{**content, **nested})

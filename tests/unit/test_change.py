@@ -39,7 +39,7 @@ def learn(recipe: Recipe, steps: int = 2) -> QueryDETR:
             0.1,
             noise_key=(0, step),
         )
-        assert outcome.losses.isfinite().all()
+        assert all(loss.isfinite().all() for loss in outcome.losses.values())
     assert not torch.equal(before, learner.queries.embedding.weight)
     assert 0 <= evaluate(learner, scenes, recipe)["AP"] <= 1
     return learner

@@ -267,7 +267,7 @@ def test_loss_that_is_not_finite_stops_names_and_can_be_replayed(recipe, tmp_pat
         calls.append(len(predictions.logits))
         if len(calls) < 7:
             return losses  # matching and noise: the seventh is the matching loss of step 4
-        return losses._replace(giou=losses.giou * torch.tensor([1.0, float("nan")]))
+        return losses | {"giou": losses["giou"] * torch.tensor([1.0, float("nan")])}
 
     monkeypatch.setattr(criterion, "detection_loss", broken)
     progress = new_run(recipe)
