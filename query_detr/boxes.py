@@ -7,71 +7,62 @@ __all__ = ['to_xyxy', 'to_cxcywh', 'iou', 'giou', 'inverse_sigmoid']
 
 # %% ../nbs/book/01_boxes.ipynb #imports
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torchvision.ops import box_convert
 
 # %% ../nbs/book/01_boxes.ipynb #to-xyxy
 def to_xyxy(
-    boxes: Tensor,  # [..., 4] cxcywh
-) -> Tensor:  # [..., 4] left, top, right, bottom, in the same unit
+    boxes: Float[Tensor, "... 4"],  # cxcywh
+) -> Float[Tensor, "... 4"]:  # left, top, right, bottom, in the same unit
     """Turn centres and sizes into corners."""
     return box_convert(boxes, "cxcywh", "xyxy")
 
 # %% ../nbs/book/01_boxes.ipynb #to-cxcywh
 def to_cxcywh(
-    boxes_xyxy: Tensor,  # [..., 4] left, top, right, bottom
-) -> Tensor:  # [..., 4] centre x, centre y, width, height, in the same unit
+    boxes_xyxy: Float[Tensor, "... 4"],  # left, top, right, bottom
+) -> Float[Tensor, "... 4"]:  # centre x, centre y, width, height, in the same unit
     """Turn corners into centres and sizes."""
     return box_convert(boxes_xyxy, "xyxy", "cxcywh")
 
 # %% ../nbs/book/01_boxes.ipynb #areas
+def _area(sides):
+    return sides[..., 0] * sides[..., 1]
+
+
 def _areas(a, b):
     """Areas of intersection, of union, and of the smallest box around both; a and b broadcast."""
-    (left, top, right, bottom), (left_b, top_b, right_b, bottom_b) = a.unbind(-1), b.unbind(-1)
-    width, height = torch.minimum(right, right_b), torch.minimum(bottom, bottom_b)
-    width -= torch.maximum(left, left_b)  # in place, here and below: tables of all pairs are large
-    height -= torch.maximum(top, top_b)
-    intersection = width.clamp(min=0) * height.clamp(min=0)
-    union = (right - left) * (bottom - top) + (right_b - left_b) * (bottom_b - top_b)
-    union -= intersection
-    around_width, around_height = (
-        (right - left) + (right_b - left_b),
-        (bottom - top) + (bottom_b - top_b),
-    )
-    around_width -= width  # both widths count what they share twice; where they share nothing, `width` is the gap, negative
-    around_height -= height
-    return intersection, union, around_width * around_height
+    inner = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    outer = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    intersection = _area(inner.clamp(min=0))
+    union = _area(a[..., 2:] - a[..., :2]) + _area(b[..., 2:] - b[..., :2]) - intersection
+    return intersection, union, _area(outer)
 
 # %% ../nbs/book/01_boxes.ipynb #iou
 def iou(
-    a: Tensor,  # [..., 4] xyxy
-    b: Tensor,  # [..., 4] xyxy, broadcasts against `a`
+    a: Float[Tensor, "... 4"],  # xyxy
+    b: Float[Tensor, "... 4"],  # xyxy, broadcasts against `a`
     eps: float = 0.0,  # added to the denominator; detrex and DN-DETR use 1e-6
-) -> Tensor:  # [...] in 0..1
+) -> Float[Tensor, "..."]:  # in 0..1
     """Intersection over union of boxes that broadcast: `iou(a[:, None], b)` gives all pairs."""
     intersection, union, _ = _areas(a, b)
     return intersection / (union + eps)
 
 # %% ../nbs/book/01_boxes.ipynb #giou
 def giou(
-    a: Tensor,  # [..., 4] xyxy
-    b: Tensor,  # [..., 4] xyxy, broadcasts against `a`
+    a: Float[Tensor, "... 4"],  # xyxy
+    b: Float[Tensor, "... 4"],  # xyxy, broadcasts against `a`
     eps: float = 0.0,  # added to both denominators; detrex and DN-DETR use 1e-6
-) -> Tensor:  # [...] in -1..1
-    """Generalised IoU (Rezatofighi et al. 2019, eq. 1): IoU less the empty share of the box around both."""
+) -> Float[Tensor, "..."]:  # in -1..1
+    """Generalised IoU (Rezatofighi et al. 2019, eq. 1): IoU less the empty share around both."""
     intersection, union, around = _areas(a, b)
-    empty = around - union
-    if eps:
-        union, around = union + eps, around + eps
-    giou = intersection / union
-    giou -= empty / around
-    return giou
+    return intersection / (union + eps) - (around - union) / (around + eps)
 
 # %% ../nbs/book/01_boxes.ipynb #inverse-sigmoid
 def inverse_sigmoid(
-    x: Tensor,  # any shape, in 0..1
-    eps: float = 1e-5,  # both ends are cut here: 1e-5 in Conditional DETR, 1e-3 in DAB-DETR and DN-DETR
-) -> Tensor:
+    x: Float[Tensor, "..."],  # in 0..1
+    eps: float = 1e-5,  # both ends are cut here: 1e-5 in Conditional DETR, 1e-3 in DAB-DETR
+) -> Float[Tensor, "..."]:
     """Give the logit whose sigmoid is x."""
     x = x.clamp(0, 1)
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()

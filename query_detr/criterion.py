@@ -6,23 +6,25 @@
 __all__ = ['weighted_total', 'CriterionOutput', 'Criterion']
 
 # %% ../nbs/book/12_criterion.ipynb #imports
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .batch import Assignment, Predictions, Targets
 from .denoising import Noise, filled_slots
 from .groups import fold_predictions, repeat_targets
 from .losses import detection_loss
-from .matcher import TermWeights, match
+from .matcher import TermWeights, match, solve_tables
 
 # %% ../nbs/book/12_criterion.ipynb #weighted-total
 def weighted_total(
-    losses: dict[str, Tensor],  # [L] by name
+    losses: dict[str, Float[Tensor, "L"]],  # by name, see `TermWeights.of`
     weights: TermWeights,
-) -> Tensor:  # scalar
+) -> Float[Tensor, ""]:
     """Add up all terms and layers, auxiliary losses like the last layer's (DETR §3.2)."""
     return torch.stack([weights.of(name) * loss.sum() for name, loss in losses.items()]).sum()
 
@@ -30,19 +32,20 @@ def weighted_total(
 class CriterionOutput(NamedTuple):
     """What the criterion computed."""
 
-    total: Tensor  # scalar
-    losses: dict[str, Tensor]  # [L] each: class_loss, …, and with noise noise_class_loss, …
+    total: Float[Tensor, ""]
+    losses: dict[str, Float[Tensor, "L"]]  # class_loss, …, with noise also noise_class_loss, …
     assignment: Assignment  # of folded predictions to repeated targets, see `unfold_assignment`
 
 # %% ../nbs/book/12_criterion.ipynb #criterion
 @dataclass(frozen=True)
 class Criterion:
-    """Match predictions with objects, then measure how wrong they are. `SetCriterion` in DETR's words."""
+    """Match predictions with objects, then measure how wrong they are (DETR: `SetCriterion`)."""
 
     cost: TermWeights = TermWeights()
     weights: TermWeights = TermWeights()
     giou_eps: float = 0.0
     groups: int = 1  # K
+    solve: Callable[..., Assignment] = solve_tables  # what `match` solves its tables with
 
     def __call__(
         self,
@@ -52,27 +55,29 @@ class Criterion:
         noise: Noise | None = None,  # what the noise queries were made from
     ) -> CriterionOutput:
         P = noise.total if noise else 0
-        matched, assignment = self.matching(predictions.part(slice(P, None)), targets, num_boxes)
+        matched, assignment = self.matching(predictions.select(slice(P, None)), targets, num_boxes)
         losses = {f"{term}_loss": loss for term, loss in matched.items()}
         if noise:
-            denoised = self.denoising(predictions.part(slice(P)), targets, num_boxes, noise)
+            denoised = self.denoising(predictions.select(slice(P)), targets, num_boxes, noise)
             losses |= {f"noise_{term}_loss": loss for term, loss in denoised.items()}
         return CriterionOutput(weighted_total(losses, self.weights), losses, assignment)
 
     def matching(
         self, predictions: Predictions, targets: Targets, num_boxes: float | Tensor
-    ) -> tuple[dict[str, Tensor], Assignment]:
+    ) -> tuple[dict[str, Float[Tensor, "L"]], Assignment]:
         """Let each group find its queries for all objects: K times the boxes (Group DETR §3)."""
         folded = fold_predictions(predictions, self.groups)
         repeated = repeat_targets(targets, self.groups)
-        assignment = match(folded.logits, folded.boxes, repeated, self.cost, self.giou_eps)
+        assignment = match(
+            folded.logits, folded.boxes, repeated, self.cost, self.giou_eps, self.solve
+        )
         num_boxes = num_boxes * self.groups
         losses = detection_loss(folded, repeated, assignment, num_boxes, self.giou_eps)
         return losses, assignment
 
     def denoising(
         self, predictions: Predictions, targets: Targets, num_boxes: float | Tensor, noise: Noise
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Float[Tensor, "L"]]:
         """Let noise queries find their own objects again, once per set (DN-DETR §4.3)."""
         filled, assignment = filled_slots(predictions, noise)
         return detection_loss(filled, targets, assignment, num_boxes * noise.sets, self.giou_eps)

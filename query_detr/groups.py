@@ -6,7 +6,10 @@
 __all__ = ['fold_predictions', 'repeated_index', 'repeat_targets', 'unfold_assignment']
 
 # %% ../nbs/book/11_groups.ipynb #imports
+from dataclasses import replace
+
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from .batch import Assignment, Predictions, Targets
@@ -18,13 +21,13 @@ def fold_predictions(
     groups: int,  # K
 ) -> Predictions:  # [L, B · K, N, ·]
     """Let every group of an image count as an image of its own."""
-    return Predictions(fold(predictions.logits, groups), fold(predictions.boxes, groups))
+    return predictions.map(lambda tensor: fold(tensor, groups))
 
 # %% ../nbs/book/11_groups.ipynb #repeated-index
 def repeated_index(
     targets: Targets,
     groups: int,  # K
-) -> Tensor:  # [K · T] int64 into the flat targets
+) -> Int[Tensor, "KT"]:  # index into the flat targets, K · T
     """Say which object each of the repeated ones is a copy of."""
     return torch.cat([torch.arange(s.start, s.stop).repeat(groups) for s in targets.slices])
 
@@ -35,11 +38,8 @@ def repeat_targets(
 ) -> Targets:  # of B · K images, K · T boxes
     """Give every group of an image all of the image's objects (Group DETR §3)."""
     index = repeated_index(targets, groups).to(targets.boxes.device)
-    return Targets(
-        targets.boxes[index],
-        targets.labels[index],
-        tuple(n for n in targets.counts for _ in range(groups)),
-    )
+    counts = tuple(count for count in targets.counts for _ in range(groups))
+    return replace(targets.map(lambda tensor: tensor[index]), counts=counts)
 
 # %% ../nbs/book/11_groups.ipynb #unfold-assignment
 def unfold_assignment(
@@ -48,10 +48,10 @@ def unfold_assignment(
     groups: int,  # K
     queries: int,  # N
 ) -> Assignment:  # queries 0 to K · N - 1, targets as they were
-    """Say in terms of the unfolded predictions who answers for whom: every object K times, once per group."""
+    """Name the pairs by unfolded predictions: every object K times, once per group."""
     index = repeated_index(targets, groups).to(assignment.target.device)
     return Assignment(
-        assignment.batch // groups,
-        assignment.query + assignment.batch % groups * queries,
-        index[assignment.target],
+        batch=assignment.batch // groups,
+        query=assignment.query + assignment.batch % groups * queries,
+        target=index[assignment.target],
     )

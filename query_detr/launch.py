@@ -605,7 +605,7 @@ def run(
         evaluate_closely(progress.judged, val_set, recipe, process, options.workers, asked)
     if process.rank == 0:
         kept = progress.judged
-        kept.usage = models.Usage(
+        kept.usage = models.InferenceConfig(
             val_set.class_names, recipe.short_side, recipe.longest_side, recipe.keep
         )
         kept.to_folder(folder)

@@ -7,6 +7,7 @@ __all__ = ['class_targets', 'focal_loss', 'box_loss', 'detection_loss']
 
 # %% ../nbs/book/04_losses.ipynb #imports
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
@@ -15,10 +16,10 @@ from .batch import Assignment, Predictions, Targets
 
 # %% ../nbs/book/04_losses.ipynb #class-targets
 def class_targets(
-    logits: Tensor,  # [L, B, N, C], for its shape
-    labels: Tensor,  # [T]
+    logits: Float[Tensor, "L B N C"],  # for its shape
+    labels: Int[Tensor, "T"],
     assignment: Assignment,
-) -> Tensor:  # [L, B, N, C] of 0 and 1
+) -> Float[Tensor, "L B N C"]:  # of 0 and 1
     """Mark the wanted class of every matched query; a row of zeros says «no object»."""
     wanted = torch.zeros_like(logits)
     layer = torch.arange(len(logits), device=logits.device)[:, None]
@@ -27,29 +28,27 @@ def class_targets(
 
 # %% ../nbs/book/04_losses.ipynb #focal-loss
 def focal_loss(
-    logits: Tensor,  # [L, B, N, C]
-    labels: Tensor,  # [T]
+    logits: Float[Tensor, "L B N C"],
+    labels: Int[Tensor, "T"],
     assignment: Assignment,
     alpha: float = 0.25,
     gamma: float = 2.0,
-) -> Tensor:  # [L] summed over images, queries and classes
+) -> Float[Tensor, "L"]:  # summed over images, queries and classes
     """Sigmoid focal loss of every query (Lin et al. 2017, eq. 5), per layer."""
     wanted = class_targets(logits, labels, assignment)
     return sigmoid_focal_loss(logits, wanted, alpha, gamma).sum((1, 2, 3))
 
 # %% ../nbs/book/04_losses.ipynb #box-loss
 def box_loss(
-    boxes: Tensor,  # [L, B, N, 4] cxcywh in 0..1
-    target_boxes: Tensor,  # [T, 4] cxcywh in 0..1
+    boxes: Float[Tensor, "L B N 4"],  # cxcywh in 0..1
+    target_boxes: Float[Tensor, "T 4"],  # cxcywh in 0..1
     assignment: Assignment,
     giou_eps: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # [L] and [L], summed over the matched pairs
-    """L1 distance and 1 - GIoU of matched boxes (DETR §3.1), per layer. Without a pair both are zeros that hang on the graph."""
+) -> tuple[Float[Tensor, "L"], Float[Tensor, "L"]]:  # both summed over the matched pairs
+    """L1 distance and 1 - GIoU of matched boxes (DETR §3.1), per layer; zeros without a pair."""
     layer = torch.arange(len(boxes), device=boxes.device)[:, None]
-    predicted, wanted = (
-        boxes[layer, assignment.batch, assignment.query],
-        target_boxes[assignment.target],
-    )
+    predicted = boxes[layer, assignment.batch, assignment.query]  # [L, M, 4]
+    wanted = target_boxes[assignment.target]
     l1 = (predicted - wanted).abs().sum((1, 2))
     return l1, (1 - giou(to_xyxy(predicted), to_xyxy(wanted), giou_eps)).sum(1)
 
@@ -60,7 +59,7 @@ def detection_loss(
     assignment: Assignment,
     num_boxes: float | Tensor,  # boxes of the whole step, see chapter 12
     giou_eps: float = 0.0,
-) -> dict[str, Tensor]:  # [L] per term, before their weights
+) -> dict[str, Float[Tensor, "L"]]:  # by term, before their weights
     """Compare predictions with the objects that were assigned to them, in all layers at once."""
     class_loss = focal_loss(predictions.logits, targets.labels, assignment)
     l1_loss, giou_loss = box_loss(predictions.boxes, targets.boxes, assignment, giou_eps)

@@ -6,10 +6,11 @@
 __all__ = ['QueryState', 'PointQueries', 'AnchorQueries']
 
 # %% ../nbs/book/07_queries.ipynb #imports
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .boxes import inverse_sigmoid
@@ -20,15 +21,13 @@ from .attention import MLP, sine_embedding
 class QueryState:
     """What a query holds and where it looks."""
 
-    content: Tensor  # [B, Q, D]
-    reference: Tensor  # [1, Q, 2] point x, y, the same in every image, or [B, Q, 4] anchor box cxcywh, in 0..1
-    embedding: (
-        Tensor | None
-    )  # [1, Q, D] learned query_pos; None where it is computed from the reference
+    content: Float[Tensor, "B Q D"]
+    reference: Float[Tensor, "#B Q xy_or_box"]  # point, the same in every image, or anchor; in 0..1
+    embedding: Float[Tensor, "1 Q D"] | None = None  # learned query_pos, if it is not computed
 
 # %% ../nbs/book/07_queries.ipynb #point-queries
 class PointQueries(nn.Module):
-    """Conditional DETR's queries: learned embeddings, each of which points at one place of the image and stays there."""
+    """Conditional DETR's queries: learned embeddings, each of which points at one fixed place."""
 
     def __init__(
         self,
@@ -51,29 +50,25 @@ class PointQueries(nn.Module):
         learned = self.embedding.weight[: groups * self.number]
         with torch.autocast("cuda" if learned.is_cuda else "cpu", enabled=False):
             reference = self.point_head(learned).sigmoid()
-        return QueryState(
-            learned.new_zeros(batch, *learned.shape), reference[None], learned[None]
-        )  # what is the same in every image is computed once
+        content = learned.new_zeros(batch, *learned.shape)
+        return QueryState(content, reference[None], learned[None])  # the same in every image: once
 
     def position(
         self,
         state: QueryState,
         layer: int,  # 0 for the first decoder layer
-    ) -> tuple[
-        Tensor, Tensor
-    ]:  # query_pos [1, Q, D], spatial_query [B, Q, D], in the first layer [1, Q, D]
-        """Say who the query is (for self-attention) and where it looks (for cross-attention; Conditional DETR §3.3)."""
+    ) -> tuple[Float[Tensor, "1 Q D"], Float[Tensor, "#B Q D"]]:  # query_pos, spatial_query
+        """Say who the query is and where it looks (Conditional DETR §3.3)."""
+        assert state.embedding is not None  # `initial` sets it
         where = sine_embedding(state.reference, self.embedding.embedding_dim // 2)
         return state.embedding, where if layer == 0 else where * self.content_scale(state.content)
 
     def refine(
         self,
-        reference: Tensor,  # [1, Q, 2]
-        hidden: Tensor,  # [B, Q, D] output of the layer
+        reference: Float[Tensor, "1 Q 2"],
+        hidden: Float[Tensor, "B Q D"],  # output of the layer
         box_head: Callable[[Tensor], Tensor],
-    ) -> tuple[
-        Tensor, Tensor
-    ]:  # [1, Q, 2] twice: what the next prediction starts from, where the next layer looks
+    ) -> tuple[Tensor, Tensor]:  # what the next prediction starts from, where the next layer looks
         """Keep the point: in Conditional DETR the reference is the same in all layers."""
         return reference, reference
 
@@ -101,24 +96,23 @@ class AnchorQueries(nn.Module):
         groups: int = 1,  # how many groups take part
     ) -> QueryState:
         """Start every image with empty content and the learned anchors."""
-        reference = self.embedding.weight[: groups * self.number].sigmoid().expand(batch, -1, -1)
-        return QueryState(reference.new_zeros(*reference.shape[:2], self.width), reference, None)
+        anchors = self.embedding.weight[: groups * self.number].sigmoid()
+        content = anchors.new_zeros(batch, len(anchors), self.width)
+        return QueryState(content, anchors.expand(batch, -1, -1))
 
     def position(
         self,
         state: QueryState,
         layer: int,  # 0 for the first decoder layer
-    ) -> tuple[Tensor, Tensor]:  # query_pos [B, Q, D], spatial_query [B, Q, D]
+    ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q D"]]:  # query_pos, spatial_query
         """Compute from the anchor who the query is and where it looks (DAB-DETR §4.2)."""
         where = sine_embedding(state.reference, self.width // 2)  # [B, Q, 2D]: y, x, width, height
         centre = where[..., : self.width]
         spatial_query = centre if layer == 0 else centre * self.content_scale(state.content)
         return self.position_head(where), spatial_query * self.modulation(state)
 
-    def modulation(
-        self, state: QueryState
-    ) -> Tensor:  # [B, Q, D], one factor for the half that says y, one for the half that says x
-        """Widen attention along the sides of the box: wanted size over the anchor's size (DAB-DETR §4.4, eq. 6)."""
+    def modulation(self, state: QueryState) -> Float[Tensor, "B Q D"]:  # for y, then for x
+        """Widen attention along the sides of the box: wanted size over size (DAB-DETR §4.4, eq. 6)."""
         wanted = self.size_head(state.content).sigmoid()
         # an anchor's size can round to zero; no image is so large that 1e-6 of it could be seen
         factor = wanted / state.reference[..., 2:].clamp(min=1e-6)
@@ -126,12 +120,13 @@ class AnchorQueries(nn.Module):
 
     def refine(
         self,
-        reference: Tensor,  # [B, Q, 4]
-        hidden: Tensor,  # [B, Q, D] output of the layer
+        reference: Float[Tensor, "B Q 4"],
+        hidden: Float[Tensor, "B Q D"],  # output of the layer
         box_head: Callable[[Tensor], Tensor],
-    ) -> tuple[
-        Tensor, Tensor
-    ]:  # [B, Q, 4] twice: what the next prediction starts from, where the next layer looks
-        """Move and resize the anchor by what the layer found (DAB-DETR §4.3). The next layer looks from there, but does not learn through it."""
+    ) -> tuple[Tensor, Tensor]:  # what the next prediction starts from, where the next layer looks
+        """Move the anchor by what the layer found (DAB-DETR §4.3); the next layer looks from there.
+
+        The next layer gets it detached: it does not learn through it.
+        """
         refined = (box_head(hidden) + inverse_sigmoid(reference, self.sigmoid_eps)).sigmoid()
         return refined, refined.detach()

@@ -90,7 +90,7 @@ class Golden:
     def noise(self) -> Noise | None:
         if not self.config.denoising.sets:
             return None
-        return apply_noise(self.targets(), self.draws(), self.config.denoising.box_noise)
+        return apply_noise(self.targets(), self.draws(), self.config.denoising)
 
     def criterion(self) -> Criterion:
         weights = TermWeights(label=1.0) if self.config.reference == "anchor" else TermWeights()
@@ -102,4 +102,6 @@ class Golden:
         )
 
     def train_predictions(self, model: QueryDETR, features=None):
-        return model.detect(self.memory(model, features), self.config.groups, self.noise())
+        return model.decode_predictions(
+            self.memory(model, features), self.config.groups, self.noise()
+        )

@@ -38,7 +38,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from ..boxes import to_cxcywh
-from ..batch import InputError, Sample, exit_status, seed_of
+from ..batch import InputError, Sample, exit_status, fold_seed
 from .files import map_arrays, write_arrays
 
 # %% ../../nbs/runs/23_coco.ipynb #read-annotations
@@ -566,7 +566,9 @@ class Transformed:
     def apply(self, i: int, *inputs):
         """Transform what belongs to image `i`, with the randomness of this image."""
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(*self.key, int(self.dataset.image_ids[i])))
+            torch.default_generator.manual_seed(
+                fold_seed(*self.key, int(self.dataset.image_ids[i]))
+            )
             return self.transform(*inputs)
 
     def read(self, i: int) -> tuple[int, tuple]:  # its index, and what the data set gives

@@ -209,7 +209,7 @@ class Subject:
                 watch.lap("backbone")
             memory = self.model.encode(features, self.batch.pad_mask)
             watch.lap("encoder")
-            found = self.model.detect(memory, groups, noise)
+            found = self.model.decode_predictions(memory, groups, noise)
             watch.lap("decoder")
         return Predictions(found.logits.float(), found.boxes.float())
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from .checkpoints import load, load_newest, save, save_newest
 from ..data.coco import Transformed, train_transform
 from ..criterion import Criterion
-from ..batch import Batch, InputError, Targets, seed_of
+from ..batch import Batch, InputError, Targets, fold_seed
 from ..matcher import TermWeights, instability
 from ..model import QueryDETR
 from .recipes import Recipe, differences, recipe_from_dict
@@ -416,7 +416,7 @@ def replay(path: str | Path, device: str = "cpu") -> str:
         )
         for b in content["batches"]
     ]
-    seed_dropout(seed_of(content["seed"], content["step"] - 1, content["rank"]))
+    seed_dropout(fold_seed(content["seed"], content["step"] - 1, content["rank"]))
     criterion = recipe.criterion()
     lines = [
         f"{path}: step {content['step']} of recipe {recipe.name}, process {content['rank']}; then: {content['said']}"
@@ -488,7 +488,7 @@ def take_step(
     folder: Path,
 ) -> Step:
     """Take the next step of a run, with the random numbers that belong to it."""
-    seed_dropout(seed_of(progress.seed, progress.step, process.rank))
+    seed_dropout(fold_seed(progress.seed, progress.step, process.rank))
     try:
         found = train_step(
             progress.model,

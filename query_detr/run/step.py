@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Process', 'steps_per_epoch', 'epoch_steps', 'micro_batches', 'keep_through_sigterm', 'load_steps', 'make_optimizer',
-           'make_schedule', 'batch_noise', 'plain', 'compute_gradients', 'Step', 'Watch', 'train_step', 'seed_dropout',
-           'precision', 'compile_layers', 'reuse_memory', 'eval_batches', 'gather_rows', 'detected_rows', 'evaluate',
-           'objects_of_queries']
+           'make_schedule', 'batch_noise', 'plain', 'SolveTimer', 'compute_gradients', 'Step', 'Watch', 'train_step',
+           'seed_dropout', 'precision', 'compile_layers', 'reuse_memory', 'eval_batches', 'gather_rows',
+           'detected_rows', 'evaluate', 'objects_of_queries']
 
 # %% ../../nbs/runs/32_step.ipynb #imports
 import ctypes
 import math
 import signal
+import time
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Callable, Iterable, Iterator, NamedTuple
 
@@ -29,10 +30,10 @@ from torch.utils.data import DataLoader
 
 from ..data.coco import Transformed, eval_transform, train_transform
 from ..criterion import Criterion
-from ..batch import Batch, collate, seed_of
+from ..batch import Assignment, Batch, collate, fold_seed
 from ..denoising import Noise, apply_noise, sample_noise
 from .evaluate import METRICS, coco_metrics, detect_all
-from ..matcher import match, object_of_query
+from ..matcher import assignment_table, match, solve_tables
 from ..model import ModelConfig
 from .recipes import Recipe
 
@@ -64,7 +65,7 @@ def epoch_steps(
     epoch: int,
 ) -> list[list[int]]:
     """Shuffle the images and cut them into steps."""
-    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+    generator = torch.Generator().manual_seed(fold_seed(seed, epoch))
     order = torch.randperm(images, generator=generator).tolist()
     size = min(batch_size, images)
     return [order[i * size : (i + 1) * size] for i in range(steps_per_epoch(images, batch_size))]
@@ -146,12 +147,25 @@ def batch_noise(
     if not config.denoising.sets:
         return None
     draws = sample_noise(config.denoising, config.classes, batch.targets, batch.image_ids, *key)
-    return apply_noise(batch.targets, draws.to(batch.images.device), config.denoising.box_noise)
+    return apply_noise(batch.targets, draws.to(batch.images.device), config.denoising)
 
 
 def plain(model: nn.Module) -> nn.Module:
     """Take off the wrapping of distributed training."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+# %% ../../nbs/runs/32_step.ipynb #solve-timer
+class SolveTimer:
+    """Solve the tables of matching and add up the seconds that it takes the host."""
+
+    def __init__(self, solve: Callable = solve_tables):
+        self.solve, self.seconds = solve, 0.0
+
+    def __call__(self, *arguments) -> Assignment:
+        start = time.perf_counter()
+        assignment = self.solve(*arguments)
+        self.seconds += time.perf_counter() - start
+        return assignment
 
 # %% ../../nbs/runs/32_step.ipynb #compute-gradients
 def compute_gradients(
@@ -167,7 +181,10 @@ def compute_gradients(
     """Add the gradients of one step, the same whatever number of processes and micro-batches share it; with noise, if its empty slots are hidden."""
     boxes = process.total(torch.tensor(float(sum(len(b.targets) for b in batches)))).item()
     # distributed training averages gradients over processes: divide by boxes per process, not by boxes
-    num_boxes, losses, seconds = max(boxes, 1.0) / process.world, {}, 0.0
+    num_boxes, losses = max(boxes, 1.0) / process.world, {}
+    timer = SolveTimer(getattr(criterion, "solve", solve_tables))
+    if isinstance(criterion, Criterion):
+        criterion = replace(criterion, solve=timer)
     for i, batch in enumerate(batches):
         batch = batch.to(process.device)
         waits = isinstance(model, DistributedDataParallel) and i < len(batches) - 1
@@ -179,8 +196,7 @@ def compute_gradients(
             found.total.backward()
         for name, loss in found.losses.items():
             losses[name] = losses.get(name, 0.0) + loss.detach() / process.world
-        seconds += found.assignment.seconds
-    return losses, seconds
+    return losses, timer.seconds
 
 # %% ../../nbs/runs/32_step.ipynb #train-step
 class Step(NamedTuple):
@@ -365,7 +381,7 @@ def objects_of_queries(
         assignment = match(
             last.logits, last.boxes, batch.targets, criterion.cost, criterion.giou_eps
         )
-        table = object_of_query(assignment, len(batch), last.logits.shape[2])[0].cpu()
+        table = assignment_table(assignment, len(batch), last.logits.shape[2])[0].cpu()
         rows.append(torch.cat([torch.tensor(batch.image_ids)[:, None], table], 1))
     model.train(training)
     found = gather_rows(torch.cat(rows), process)

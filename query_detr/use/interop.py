@@ -38,7 +38,7 @@ from ..data.coco import fetch
 from ..batch import InputError
 from ..data.files import whole_file
 from ..features import BLOCKS
-from ..model import ModelConfig, QueryDETR, Usage
+from ..model import ModelConfig, QueryDETR, InferenceConfig
 from ..run.recipes import ANCHORS, NOISE, POINTS
 
 # %% ../../nbs/runs/42_interop.ipynb #rules-shared
@@ -408,7 +408,7 @@ class Converted:
 
     weights: dict[str, Tensor]  # any shape: a state dict of `QueryDETR`
     config: ModelConfig
-    usage: Usage  # class names where they are known; detections that the library keeps per image
+    usage: InferenceConfig  # class names where they are known; detections that the library keeps per image
     origin: str  # a key of `ORIGINS`
     ignored: tuple[str, ...]  # names in the file that are copies of others, or counters
 
@@ -465,7 +465,7 @@ def convert_weights(
         source,
         f"By its names it comes from {origin.name}, but not from a model of this kind; our names are shown",
     )
-    usage = Usage(
+    usage = InferenceConfig(
         COCO_NAMES if config.classes == 80 else (), keep=origin.keep[config.reference == "anchor"]
     )
     return Converted(
@@ -782,7 +782,7 @@ class LastLayer(nn.Module):
             images.shape[0]
         )  # not len(images): that would write the example's number into the file
         hidden, references = m.decoder(state, m.queries, memory, m.box_head)
-        return m.class_head(hidden[-1]), m.place(m.box_head(hidden[-1]), references[-1])
+        return m.class_head(hidden[-1]), m.decode_boxes(m.box_head(hidden[-1]), references[-1])
 
 
 def to_onnx(

@@ -372,5 +372,5 @@ def test_batch_with_more_objects_than_the_noise_sets_hold():
     targets = Targets(torch.rand(3, 4), torch.zeros(3, dtype=torch.int64), (1, 2))
     with pytest.raises(InputError, match="2 objects, a noise set 1 slots"):
         apply_noise(
-            targets, sample_noise(Denoising(sets=2), 5, targets, (0, 1), 0, 0), 0.4, slots=1
+            targets, sample_noise(Denoising(sets=2), 5, targets, (0, 1), 0, 0), Denoising(), slots=1
         )

@@ -339,7 +339,7 @@ def test_a_bad_image_stops_or_is_replaced_by_the_next_good_one(folder):
     assert "000004" not in str(told.value)
     samples = [seen("skip")[i] for i in range(12)]
     assert [s.image_id for s in samples] == [0, 1, 2, 5, 5, 5, 6, 7, 8, 9, 10, 0]
-    assert [s.instead_of for s in samples] == [
+    assert [s.replaced_file for s in samples] == [
         "",
         "",
         "",

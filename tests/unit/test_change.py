@@ -56,11 +56,11 @@ def recipe(small):
 def test_another_kind_of_noise_is_one_function(recipe, monkeypatch):
     seen = []
 
-    def normal_noise(targets, draws, box_noise):
-        seen.append(box_noise)
-        moved = targets.boxes + box_noise / 2 * torch.erfinv(0.99 * draws.shift) * targets.boxes[
-            :, 2:
-        ].repeat(1, 2)
+    def normal_noise(targets, draws, denoising):
+        seen.append(denoising.box_noise)
+        moved = targets.boxes + denoising.box_noise / 2 * torch.erfinv(
+            0.99 * draws.shift
+        ) * targets.boxes[:, 2:].repeat(1, 2)
         return torch.where(draws.flip, draws.label, targets.labels), moved.clamp(0, 1)
 
     monkeypatch.setattr(denoising, "noised_objects", normal_noise)
@@ -76,7 +76,9 @@ def test_another_kind_of_query_is_one_class_and_its_name(recipe, monkeypatch):
             return reference, reference
 
     monkeypatch.setitem(
-        model.QUERIES, "still", lambda c: StillAnchors(c.queries, c.width, c.groups, c.sigmoid_eps)
+        model.QUERY_TYPES,
+        "still",
+        lambda c: StillAnchors(c.queries, c.width, c.groups, c.sigmoid_eps),
     )
     learner = learn(replace(recipe, model=replace(recipe.model, reference="still")))
     memory = learner.eval().encode(

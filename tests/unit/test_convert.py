@@ -25,7 +25,7 @@ from query_detr.use.interop import (
 from query_detr.batch import InputError
 from query_detr.denoising import Denoising
 from query_detr.features import Backbone
-from query_detr.model import ModelConfig, QueryDETR, Usage
+from query_detr.model import ModelConfig, QueryDETR, InferenceConfig
 from query_detr.run.recipes import recipes
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys"
@@ -233,7 +233,7 @@ def test_golden_outputs_through_the_importer(name, library):
     model.load_state_dict(got.weights)
     features = torch.nn.functional.pad(golden["inputs/features"], (0, 0, 0, 0, 0, 512 - 96))
     with torch.no_grad():
-        found = model.detect(golden.memory(model, features))
+        found = model.decode_predictions(golden.memory(model, features))
     assert (found.logits - golden["eval_official/logits"]).abs().max() < 2e-5
     assert (found.boxes - golden["eval_official/boxes"]).abs().max() < 2e-5
 
@@ -372,7 +372,7 @@ def test_ours_to_transformers_and_back(transformers, name, tmp_path):
     if name == "DC5":
         pytest.importorskip("timm")
     config = EXPORTED[name]
-    ours = stir(QueryDETR(config, Usage(tuple("abcde"))))
+    ours = stir(QueryDETR(config, InferenceConfig(tuple("abcde"))))
     if ours.labels:
         ours.labels.table.weight.data[-1].normal_()
     to_transformers(ours, tmp_path / "model")
@@ -400,7 +400,8 @@ def test_pipeline_runs_on_an_export(transformers, tmp_path):
     from PIL import Image
 
     to_transformers(
-        stir(QueryDETR(SMALL, Usage(tuple("abcde"), short_side=96, longest_side=128))), tmp_path
+        stir(QueryDETR(SMALL, InferenceConfig(tuple("abcde"), short_side=96, longest_side=128))),
+        tmp_path,
     )
     detections = transformers.pipeline("object-detection", model=str(tmp_path))(
         Image.new("RGB", (200, 100), "red"), threshold=0.0
@@ -412,7 +413,7 @@ def test_pipeline_runs_on_an_export(transformers, tmp_path):
     untouched = (
         transformers.ConditionalDetrImageProcessor
     )  # a model of short_side 0 is used at the size of the image
-    to_transformers(QueryDETR(SMALL, Usage(short_side=0)), tmp_path)
+    to_transformers(QueryDETR(SMALL, InferenceConfig(short_side=0)), tmp_path)
     assert untouched.from_pretrained(tmp_path)(Image.new("RGB", (200, 100)), return_tensors="pt")[
         "pixel_values"
     ].shape == (1, 3, 100, 200)

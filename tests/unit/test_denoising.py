@@ -27,7 +27,7 @@ def take_step(small, targets, denoising=NOISE, noise=None):
     noise = noise or apply_noise(
         targets,
         sample_noise(denoising, 5, targets, tuple(range(len(targets.counts))), 0, 0),
-        denoising.box_noise,
+        denoising,
     )
     size = len(targets.counts)
     predictions = model(
@@ -68,7 +68,7 @@ def test_share_of_flipped_labels_and_reach_of_boxes():
     targets.boxes.copy_(torch.tensor([0.5, 0.5, 0.2, 0.1]))
     draws = sample_noise(how, 5, targets, (0,), 0, 0)
     assert draws.flip.float().mean().item() == pytest.approx(0.2, abs=0.03)
-    noise = apply_noise(targets, draws, how.box_noise)
+    noise = apply_noise(targets, draws, how)
     moved = (noise.boxes[0] - targets.boxes).abs().amax(0)
     assert moved.tolist() == pytest.approx([0.04, 0.02, 0.08, 0.04], rel=0.01)
 
@@ -76,14 +76,16 @@ def test_share_of_flipped_labels_and_reach_of_boxes():
 def test_targets_stay_as_they_are():
     targets = some_targets((3, 1))
     before = targets.boxes.clone(), targets.labels.clone()
-    apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), 1.0)
+    apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), Denoising(box_noise=1.0))
     assert torch.equal(targets.boxes, before[0]) and torch.equal(targets.labels, before[1])
 
 
 def test_boxes_of_size_zero_give_finite_losses_and_gradients(small):
     targets = some_targets((3, 1))
     noise = apply_noise(
-        targets, replace_shift(sample_noise(NOISE, 5, targets, (0, 1), 0, 0), -1.0), 1.0
+        targets,
+        replace_shift(sample_noise(NOISE, 5, targets, (0, 1), 0, 0), -1.0),
+        Denoising(box_noise=1.0),
     )
     assert (noise.boxes[~noise.empty][:, 2:] == 0).all()
     model, outcome = take_step(small, targets, noise=noise)
@@ -107,12 +109,12 @@ def test_empty_slots_cost_nothing(small):
     torch.manual_seed(1)
     targets = some_targets((3, 1))
     draws = sample_noise(NOISE, 5, targets, (0, 1), 0, 0)
-    noise = apply_noise(targets, draws, 0.4)
+    noise = apply_noise(targets, draws, NOISE)
     model = QueryDETR(replace(small, reference="anchor", denoising=NOISE)).train()
     memory = model.encode(
         torch.randn(2, model.backbone.channels, 6, 8), torch.zeros(2, 6, 8, dtype=torch.bool)
     )
-    predictions = model.detect(memory, 1, noise)
+    predictions = model.decode_predictions(memory, 1, noise)
     before = noise_losses(Criterion()(predictions, targets, 4, noise))
     predictions.logits[:, :, : noise.total][:, noise.empty] += 5.0
     after = noise_losses(Criterion()(predictions, targets, 4, noise))
@@ -123,8 +125,8 @@ def test_empty_slots_cost_nothing(small):
 def test_padding_slots_reach_real_noise_only_where_they_are_visible(small):
     """The authors leave them visible; `hide_padding` hides them. Matching queries never see either."""
     targets = some_targets((3, 1))
-    noise = apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), 0.4)
-    wider = apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), 0.4, slots=6)
+    noise = apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), NOISE)
+    wider = apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), NOISE, slots=6)
     for hide in (False, True):
         torch.manual_seed(0)
         model = QueryDETR(
@@ -135,7 +137,7 @@ def test_padding_slots_reach_real_noise_only_where_they_are_visible(small):
             torch.randn(2, model.backbone.channels, 6, 8), torch.zeros(2, 6, 8, dtype=torch.bool)
         )
         with torch.no_grad():
-            some, more = (model.detect(memory, 1, n).logits for n in (noise, wider))
+            some, more = (model.decode_predictions(memory, 1, n).logits for n in (noise, wider))
         real = [
             x[:, n.assignment.batch, n.assignment.query[0]]
             for x, n in ((some, noise), (more, wider))
@@ -147,25 +149,31 @@ def test_padding_slots_reach_real_noise_only_where_they_are_visible(small):
 
 def test_loss_of_noise_is_divided_by_boxes_and_sets_whatever_the_number_of_groups(small):
     targets = some_targets((3, 1))
-    noise = apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), 0.4)
+    noise = apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), NOISE)
     model = QueryDETR(replace(small, reference="anchor", denoising=NOISE, groups=2)).train()
     memory = model.encode(
         torch.randn(2, model.backbone.channels, 6, 8), torch.zeros(2, 6, 8, dtype=torch.bool)
     )
-    alone, both = model.detect(memory, 1, noise), model.detect(memory, 2, noise)
+    alone, both = (
+        model.decode_predictions(memory, 1, noise),
+        model.decode_predictions(memory, 2, noise),
+    )
     losses = [
         noise_losses(Criterion(groups=k)(p, targets, 4, noise)) for k, p in ((1, alone), (2, both))
     ]
     assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(*losses))
-    twice = apply_noise(targets, doubled(sample_noise(NOISE, 5, targets, (0, 1), 0, 0)), 0.4)
+    twice = apply_noise(targets, doubled(sample_noise(NOISE, 5, targets, (0, 1), 0, 0)), NOISE)
     assert all(
         torch.allclose(a, b, rtol=1e-4)
         for a, b in zip(
-            noise_losses(Criterion()(model.detect(memory, 1, twice), targets, 4, twice)), losses[0]
+            noise_losses(
+                Criterion()(model.decode_predictions(memory, 1, twice), targets, 4, twice)
+            ),
+            losses[0],
         )
     )
 
 
 def doubled(draws):
     """Every noise set a second time."""
-    return type(draws)(*(torch.cat([x, x]) for x in (draws.flip, draws.label, draws.shift)))
+    return draws.map(lambda tensor: torch.cat([tensor, tensor]))

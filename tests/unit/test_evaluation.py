@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from query_detr.run import evaluate
+from query_detr.run.step import evaluate
 from query_detr.batch import Batch, InputError, Predictions, Targets
 from query_detr.run.evaluate import (
     METRICS,

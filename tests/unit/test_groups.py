@@ -74,7 +74,7 @@ def test_every_group_has_its_own_optimum(seed):
 @pytest.mark.parametrize("counts", [(2, 0, 3), (0, 0, 0)])
 def test_identical_groups_cost_what_one_group_costs(counts):
     predictions, targets = random_case(0, counts)
-    one = predictions.part(slice(N))
+    one = predictions.select(slice(N))
     copies = Predictions(one.logits.repeat(1, 1, K, 1), one.boxes.repeat(1, 1, K, 1))
     count = max(1, len(targets))
     assert Criterion(groups=K)(copies, targets, count).total.item() == pytest.approx(

@@ -39,7 +39,9 @@ class Step:
         config, noise = self.model.config, None
         if config.denoising.sets:
             noise = apply_noise(
-                targets, sample_noise(config.denoising, config.classes, targets, (1, 2), 0, 0), 0.4
+                targets,
+                sample_noise(config.denoising, config.classes, targets, (1, 2), 0, 0),
+                config.denoising,
             )
         state, self.layout = self.model.make_queries(2, config.groups, noise)
         self.state = replace(
@@ -75,7 +77,7 @@ class Step:
             )
             logits, boxes = (
                 self.model.class_head(hidden),
-                self.model.place(self.model.box_head(hidden), references),
+                self.model.decode_boxes(self.model.box_head(hidden), references),
             )
         value = logits[:, :, read].float().square().sum() + boxes[:, :, read].float().square().sum()
         *grads, of_memory = torch.autograd.grad(value, [*inputs.values(), tokens])

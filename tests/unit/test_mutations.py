@@ -38,7 +38,9 @@ def outputs_equal_the_reference(golden) -> bool:
     """Condition of test_outputs_of_every_layer_equal_the_reference."""
     model = golden.model()
     with torch.no_grad():
-        predictions = model.detect(model.encode(golden["inputs/features"], golden["inputs/mask"]))
+        predictions = model.decode_predictions(
+            model.encode(golden["inputs/features"], golden["inputs/mask"])
+        )
     return (predictions.logits - golden["eval_official/logits"]).abs().max() < 2e-5 and (
         predictions.boxes - golden["eval_official/boxes"]
     ).abs().max() < 2e-5
@@ -48,7 +50,9 @@ def losses_equal_the_reference(golden) -> bool:
     """Condition of test_every_loss_equals_the_reference."""
     model = golden.model()
     with torch.no_grad():
-        predictions = model.detect(model.encode(golden["inputs/features"], golden["inputs/mask"]))
+        predictions = model.decode_predictions(
+            model.encode(golden["inputs/features"], golden["inputs/mask"])
+        )
         found = Criterion(giou_eps=1e-6)(
             predictions, golden.targets(), len(golden.targets())
         ).losses
@@ -119,7 +123,9 @@ def test_giou_without_the_enclosing_box_is_noticed(golden, monkeypatch):
 def test_costs_of_another_image_are_noticed(golden, monkeypatch):
     model, right = golden.model(), matcher.matching_cost
     with torch.no_grad():
-        predictions = model.detect(model.encode(golden["inputs/features"], golden["inputs/mask"]))
+        predictions = model.decode_predictions(
+            model.encode(golden["inputs/features"], golden["inputs/mask"])
+        )
     assert assignment_equals_the_reference(golden, predictions)
     monkeypatch.setattr(
         matcher,
@@ -333,7 +339,7 @@ def test_noise_normalised_with_the_groups_is_noticed(small, monkeypatch):
         with torch.no_grad():
             predictions = golden.train_predictions(golden.model())
         noise, targets = golden.noise(), golden.targets()
-        first = predictions.part(slice(noise.total)), predictions.part(slice(noise.total, None))
+        first = predictions.select(slice(noise.total)), predictions.select(slice(noise.total, None))
         twice = type(predictions)(
             torch.cat([first[0].logits, first[1].logits, first[1].logits], 2),
             torch.cat([first[0].boxes, first[1].boxes, first[1].boxes], 2),
@@ -406,8 +412,10 @@ def test_modulation_with_width_and_height_swapped_is_noticed(dn, monkeypatch):
 
 def test_indicator_of_matching_queries_is_noticed(dn, monkeypatch):
     assert train_outputs_equal_the_reference(dn)
-    right = denoising.LabelTable.forward
+    right = denoising.LabelEmbedding.forward
     monkeypatch.setattr(
-        denoising.LabelTable, "forward", lambda self, labels, is_noise: right(self, labels, True)
+        denoising.LabelEmbedding,
+        "forward",
+        lambda self, labels, is_noise: right(self, labels, True),
     )
     assert not train_outputs_equal_the_reference(dn)

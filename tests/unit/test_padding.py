@@ -21,7 +21,7 @@ def shift_caused_by_padding(model):
     alone = model.encode(features, torch.zeros(2, 6, 8, dtype=torch.bool))
     more = model.encode(*padded(features, right=5, bottom=3))
     valid = more.tokens.unflatten(1, more.size)[:, :6, :8].flatten(1, 2)
-    a, b = model.detect(alone), model.detect(more)
+    a, b = model.decode_predictions(alone), model.decode_predictions(more)
     pairs = ((alone.tokens, valid), (a.logits, b.logits), (a.boxes, b.boxes))
     return [(x - y).abs().max().item() for x, y in pairs]
 

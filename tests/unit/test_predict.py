@@ -15,7 +15,7 @@ from torch import nn
 
 from query_detr.boxes import to_cxcywh
 from query_detr.batch import InputError, Predictions
-from query_detr.model import QueryDETR, Usage
+from query_detr.model import QueryDETR, InferenceConfig
 from query_detr.use.predict import annotated_names, command_line, image_files, open_picture, predict
 from query_detr.data.shapes import CLASSES, draw_scene
 
@@ -27,7 +27,11 @@ class Finder(nn.Module):
 
     def __init__(self, **usage):
         super().__init__()
-        self.usage, self.weight, self.seen = Usage(**usage), nn.Parameter(torch.zeros(1)), []
+        self.usage, self.weight, self.seen = (
+            InferenceConfig(**usage),
+            nn.Parameter(torch.zeros(1)),
+            [],
+        )
 
     def forward(self, images, pad_mask):
         assert not self.training
@@ -166,7 +170,9 @@ def detector(small, **usage):
     """A model that has not learned anything, but says something everywhere."""
     model = QueryDETR(
         small,
-        Usage(**{**dict(class_names=CLASSES, short_side=160, longest_side=256, keep=6), **usage}),
+        InferenceConfig(
+            **{**dict(class_names=CLASSES, short_side=160, longest_side=256, keep=6), **usage}
+        ),
     )
     nn.init.normal_(model.box_head.layers[-1].weight, std=0.3)
     nn.init.zeros_(model.class_head.bias)

@@ -33,7 +33,7 @@ def test_outputs_of_every_layer_equal_the_reference(golden, variant):
         noise, groups = golden.noise(), golden.config.groups
     memory = golden.memory(model)
     hidden, references = model.decode(memory, groups, noise)
-    predictions = model.detect(memory, groups, noise)
+    predictions = model.decode_predictions(memory, groups, noise)
     first = noise.total if noise else 0
     assert (
         difference(
@@ -112,7 +112,7 @@ def noise_losses_with_padding(golden, predictions, count):
         noise.assignment.target.expand(layers, -1),
     )
     return detection_loss(
-        predictions.part(slice(noise.total)),
+        predictions.select(slice(noise.total)),
         golden.targets(),
         known,
         count * noise.sets,
@@ -123,7 +123,7 @@ def noise_losses_with_padding(golden, predictions, count):
 def test_noise_losses_equal_the_authors_and_with_padding_counted_detrex(dn):
     predictions, count = dn.train_predictions(dn.model()), len(dn.targets())
     ours = dn.criterion().denoising(
-        predictions.part(slice(dn.noise().total)), dn.targets(), count, dn.noise()
+        predictions.select(slice(dn.noise().total)), dn.targets(), count, dn.noise()
     )
     assert_losses_equal(dn, ours, "_dn", "loss_official")
     assert_losses_equal(dn, noise_losses_with_padding(dn, predictions, count), "_dn")
@@ -141,7 +141,7 @@ def test_gradient_of_every_parameter_equals_the_reference(golden):
     criterion = golden.criterion()
     if noise:  # the stored gradients count empty slots as background
         losses, _ = criterion.matching(
-            predictions.part(slice(noise.total, None)), targets, len(targets)
+            predictions.select(slice(noise.total, None)), targets, len(targets)
         )
         total = weighted_total(losses, criterion.weights) + weighted_total(
             noise_losses_with_padding(golden, predictions, len(targets)), criterion.weights
@@ -246,7 +246,7 @@ def test_outputs_equal_transformers(seed):
     with torch.no_grad():
         expected = theirs(pixel_values=images, pixel_mask=(~pad_mask).long())
         features = theirs.model.backbone(images, (~pad_mask).long())[-1][0]
-        predictions = ours.detect(ours.encode(features, pad_mask))
+        predictions = ours.decode_predictions(ours.encode(features, pad_mask))
     assert (
         expected.logits.std(1).mean() > 5e-3 and expected.pred_boxes.std(1).max() > 0.05
     )  # queries differ: the comparison is about something

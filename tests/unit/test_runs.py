@@ -329,7 +329,7 @@ def test_bf16_keeps_boxes_and_losses_in_fp32_and_learns_alike(recipe, tmp_path):
     assert found.logits.dtype == found.boxes.dtype == torch.float32
     hidden = torch.randn(5, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        offsets = mixed.model.read_box(hidden)
+        offsets = mixed.model.box_offsets(hidden)
     assert torch.equal(offsets, mixed.model.box_head(hidden))
 
 
