@@ -37,7 +37,7 @@ from ..run.checkpoints import check_keys
 from ..data.coco import fetch
 from ..batch import InputError
 from ..data.files import whole_file
-from ..features import BLOCKS
+from ..features import RESNETS
 from ..model import ModelConfig, QueryDETR, InferenceConfig
 from ..run.recipes import ANCHORS, NOISE, POINTS
 
@@ -335,16 +335,16 @@ def layer_count(weights: dict, prefix: str) -> int:
     )
 
 
-def backbone_of(weights: dict) -> tuple[str, int]:  # a key of `BLOCKS`, number of stages
+def backbone_of(weights: dict) -> tuple[str, int]:  # a key of `RESNETS`, number of stages
     """Recognise a ResNet by its number of blocks."""
     stages = layer_count(weights, "backbone.stages.")
     depths = [layer_count(weights, f"backbone.stages.{i}.") for i in range(stages)]
     kind = resnet.Bottleneck if "backbone.stages.0.0.conv3.weight" in weights else resnet.BasicBlock
-    for name, (block, known) in BLOCKS.items():
+    for name, (block, known) in RESNETS.items():
         if stages and block is kind and known[:stages] == depths:
             return name, stages
     raise InputError(
-        f"the backbone has {depths} blocks per stage and is none of {', '.join(BLOCKS)}: use weights with one of these"
+        f"the backbone has {depths} blocks per stage and is none of {', '.join(RESNETS)}: use weights with one of these"
     )
 
 
@@ -645,7 +645,7 @@ def backbone_config(
     config: ModelConfig,
 ) -> object:
     """Describe a backbone in transformers' words; a dilated one only timm offers there."""
-    block, depths = BLOCKS[config.backbone]
+    block, depths = RESNETS[config.backbone]
     if config.dilation:
         optional("timm")
         return transformers.TimmBackboneConfig(
