@@ -8,7 +8,7 @@ __all__ = ['QueryAttention', 'attend_to_all', 'SelfAttention', 'join_heads', 'Pa
 
 # %% ../nbs/book/08_decoder.ipynb #imports
 from dataclasses import replace
-from typing import Callable, NamedTuple, Protocol
+from typing import Callable, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from .attention import Attention, FeedForward
 from .features import Memory
-from .queries import QueryState
+from .queries import Queries, QueryState
 
 # %% ../nbs/book/08_decoder.ipynb #self-attention
+@runtime_checkable
 class QueryAttention(Protocol):
     """How queries attend to each other: who sees whom, and in which order it is computed."""
 
@@ -181,7 +182,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         state: QueryState,
-        queries: nn.Module,  # `PointQueries` or another kind with its three methods
+        queries: Queries,  # `PointQueries` or another kind
         memory: Memory,
         box_head: Callable[[Tensor], Tensor],
         query_attention: QueryAttention = attend_to_all,

@@ -10,7 +10,7 @@ __all__ = ['RESNETS', 'NORMS', 'Backbone', 'ResNetBackbone', 'downsample_mask', 
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,6 +34,7 @@ RESNETS = {
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, 32)}
 
 # %% ../nbs/book/06_features.ipynb #backbone
+@runtime_checkable
 class Backbone(Protocol):
     """What the model asks of a backbone: images in, features out."""
 

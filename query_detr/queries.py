@@ -8,7 +8,7 @@ __all__ = ['QueryState', 'Queries', 'PointQueries', 'AnchorQueries']
 # %% ../nbs/book/07_queries.ipynb #imports
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ class QueryState:
     embedding: Float[Tensor, "1 Q D"] | None = None  # learned query_pos, if it is not computed
 
 # %% ../nbs/book/07_queries.ipynb #queries
+@runtime_checkable
 class Queries(Protocol):
     """What the decoder asks of a kind of query."""
 
