@@ -1,4 +1,7 @@
-"""Noise is drawn per image and set, made without touching the targets, costs nothing where it is empty, and stays finite."""
+"""Noise is drawn per image and set, and made without touching the targets.
+
+It costs nothing where it is empty, and stays finite.
+"""
 
 from dataclasses import replace
 
@@ -125,7 +128,10 @@ def test_empty_slots_cost_nothing(small):
 
 
 def test_padding_slots_reach_real_noise_only_where_they_are_visible(small):
-    """The authors leave them visible; `hide_padding` hides them. Matching queries never see either."""
+    """The authors leave them visible; `hide_padding` hides them.
+
+    Matching queries never see either.
+    """
     targets = some_targets((3, 1))
     noise = apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), NOISE)
     wider = apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), NOISE, slots=6)
