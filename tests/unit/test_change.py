@@ -89,6 +89,6 @@ def test_another_kind_of_query_is_one_class_and_its_name(recipe, monkeypatch):
 
 
 def test_another_backbone_is_one_line(recipe, monkeypatch):
-    monkeypatch.setitem(features.BLOCKS, "resnet14", (resnet.BasicBlock, [1, 2, 2, 1]))
+    monkeypatch.setitem(features.RESNETS, "resnet14", (resnet.BasicBlock, [1, 2, 2, 1]))
     learner = learn(replace(recipe, model=replace(recipe.model, backbone="resnet14")))
     assert [len(stage) for stage in learner.backbone.stages] == [1, 2, 2]
