@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .boxes import inverse_sigmoid
 from query_detr.batch import (
     Assignment,
     InputError,
@@ -23,6 +22,7 @@ from query_detr.batch import (
     TensorFields,
     fold_seed,
 )
+from .boxes import inverse_sigmoid
 from .queries import QueryState
 
 # %% ../nbs/book/10_denoising.ipynb #denoising

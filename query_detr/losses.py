@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from .boxes import giou, to_xyxy
 from .batch import Assignment, Predictions, Targets
+from .boxes import giou, to_xyxy
 
 # %% ../nbs/book/04_losses.ipynb #class-targets
 def class_targets(

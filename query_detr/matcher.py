@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .boxes import giou, to_xyxy
 from .batch import Assignment, InputError, Targets
+from .boxes import giou, to_xyxy
 
 # %% ../nbs/book/03_matcher.ipynb #term-weights
 @dataclass(frozen=True)

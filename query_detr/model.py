@@ -16,21 +16,22 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save as safetensors_bytes
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from .boxes import inverse_sigmoid
+from .attention import ACTIVATIONS, MLP, xavier_
 from .batch import InputError, Predictions
+from .boxes import inverse_sigmoid
 from .data.files import whole_file
 from .decoder import Decoder
 from .denoising import Denoising, LabelEmbedding, Noise, add_noise
-from .features import Backbone, Encoder, Memory, shrink_mask
-from .attention import ACTIVATIONS, MLP, xavier_
+from .features import Backbone, Encoder, Memory, ResNetBackbone, downsample_mask
 from .layout import QueryLayout, folded_attention
-from .queries import AnchorQueries, PointQueries, QueryState
+from .queries import AnchorQueries, PointQueries, Queries, QueryState
 
 # %% ../nbs/book/13_model.ipynb #query-types
-QUERY_TYPES: dict[str, Callable[["ModelConfig"], nn.Module]] = {
+QUERY_TYPES: dict[str, Callable[["ModelConfig"], Queries]] = {
     "point": lambda c: PointQueries(c.queries, c.width, c.groups),
     "anchor": lambda c: AnchorQueries(c.queries, c.width, c.groups, c.sigmoid_eps),
 }
@@ -105,14 +106,14 @@ class InferenceConfig:
     keep: int = 100  # detections per image
 
 # %% ../nbs/book/13_model.ipynb #build-backbone
-BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {}  # beside torchvision's ResNets
+BACKBONES: dict[str, Callable[[ModelConfig], Backbone]] = {}  # beside torchvision's ResNets
 
 
-def build_backbone(c: ModelConfig) -> nn.Module:
+def build_backbone(c: ModelConfig) -> Backbone:
     """Build the backbone that a configuration names."""
     if c.backbone in BACKBONES:
         return BACKBONES[c.backbone](c)
-    return Backbone(c.backbone, c.norm, c.dilation, c.stages, c.freeze_stem, c.backbone_bf16)
+    return ResNetBackbone(c.backbone, c.norm, c.dilation, c.stages, c.freeze_stem, c.backbone_bf16)
 
 # %% ../nbs/book/13_model.ipynb #model
 class QueryDETR(nn.Module):
@@ -159,7 +160,8 @@ class QueryDETR(nn.Module):
         pad_mask: Bool[Tensor, "B H W"],  # at the size of the images or of the features
     ) -> Memory:
         """Turn features into memory."""
-        return self.encoder(self.project(features), shrink_mask(pad_mask, features.shape[-2:]))
+        height, width = features.shape[-2:]
+        return self.encoder(self.project(features), downsample_mask(pad_mask, (height, width)))
 
     def make_queries(
         self, batch: int, groups: int = 1, noise: Noise | None = None
@@ -250,17 +252,18 @@ class QueryDETR(nn.Module):
 # %% ../nbs/book/13_model.ipynb #initialise
 def initialise_(model: QueryDETR) -> None:
     """Initialise as the references do (Xavier; focal prior: Lin et al. 2017, §4.1)."""
-    query_heads = [part for part in model.queries.children() if isinstance(part, MLP)]
-    for part in (model.encoder, model.decoder, *query_heads):
-        xavier_(part)
+    xavier_(model.encoder)
+    xavier_(model.decoder)
+    for name, part in model.named_modules():
+        if name.startswith("queries.") and isinstance(part, MLP):
+            xavier_(part)
     for name, parameter in model.decoder.named_parameters():
         if name.endswith("out.bias"):
             nn.init.zeros_(parameter)
     nn.init.normal_(model.queries.embedding.weight)
     nn.init.constant_(model.class_head.bias, -math.log(99))
-    last = model.box_head.layers[-1]
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    for parameter in model.box_head.layers[-1].parameters():
+        nn.init.zeros_(parameter)
 
 # %% ../nbs/book/13_model.ipynb #one-group
 def one_group(

@@ -6,17 +6,15 @@ import pytest
 import torch
 from torchvision.models import resnet
 
-from query_detr import denoising
-from query_detr import features
-from query_detr import model
-from query_detr.criterion import Criterion
+from query_detr import denoising, features, model
 from query_detr.batch import collate
+from query_detr.criterion import Criterion
 from query_detr.data.coco import Transformed, eval_transform
+from query_detr.data.shapes import ShapesDataset
 from query_detr.denoising import Denoising
 from query_detr.model import QueryDETR
 from query_detr.queries import AnchorQueries
 from query_detr.run.recipes import Recipe, recipe_named
-from query_detr.data.shapes import ShapesDataset
 from query_detr.run.step import evaluate, make_optimizer, make_schedule, train_step
 
 

@@ -12,6 +12,11 @@ import torch
 from golden import ANCHORS, CONFIGS, POINTS, Golden
 from safetensors.torch import save_file
 
+from query_detr.batch import InputError
+from query_detr.denoising import Denoising
+from query_detr.features import ResNetBackbone
+from query_detr.model import InferenceConfig, ModelConfig, QueryDETR
+from query_detr.run.recipes import recipes
 from query_detr.use import interop as convert
 from query_detr.use.interop import (
     COCO_IDS,
@@ -22,11 +27,6 @@ from query_detr.use.interop import (
     to_onnx,
     to_transformers,
 )
-from query_detr.batch import InputError
-from query_detr.denoising import Denoising
-from query_detr.features import ResNetBackbone
-from query_detr.model import ModelConfig, QueryDETR, InferenceConfig
-from query_detr.run.recipes import recipes
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys"
 

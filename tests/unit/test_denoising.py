@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from query_detr.criterion import Criterion
 from query_detr.batch import Targets
+from query_detr.criterion import Criterion
 from query_detr.denoising import Denoising, apply_noise, sample_noise
 from query_detr.model import QueryDETR
 

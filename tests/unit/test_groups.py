@@ -5,8 +5,8 @@ from itertools import permutations
 import pytest
 import torch
 
-from query_detr.criterion import Criterion
 from query_detr.batch import Predictions, Targets
+from query_detr.criterion import Criterion
 from query_detr.groups import fold_predictions, repeat_targets, unfold_assignment
 from query_detr.matcher import match, matching_cost
 

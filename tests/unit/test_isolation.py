@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
+from query_detr.attention import attend
 from query_detr.batch import Targets
 from query_detr.denoising import Denoising, apply_noise, sample_noise
 from query_detr.features import Memory
-from query_detr.attention import attend
 from query_detr.layout import QueryLayout, folded_attention, masked_attention
 from query_detr.model import QueryDETR
 

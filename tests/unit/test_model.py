@@ -50,6 +50,9 @@ class Patches(nn.Module):
     def forward(self, images):
         return self.convolution(images)
 
+    def compiled_parts(self):
+        return [self.convolution]
+
 
 def test_another_backbone_is_one_class_and_its_name(small, monkeypatch):
     monkeypatch.setitem(models.BACKBONES, "patches", lambda config: Patches())
