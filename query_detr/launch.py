@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['start_process', 'idle_gpus_hint', 'coco_folder', 'own_files', 'datasets', 'adapt', 'free_folder', 'prepare_folder',
            'open_checkpoint', 'build_model', 'look_at_data', 'match_classes', 'save_pictures', 'draw_detections',
-           'effort', 'closing_table', 'choose_recipe', 'recipe_text', 'choose_folder', 'main', 'check_options',
-           'check_restarts', 'first_alone', 'shared', 'resume_run', 'evaluate_closely', 'run', 'report', 'make_parser',
-           'command_line', 'complain']
+           'effort', 'closing_table', 'choose_recipe', 'recipe_text', 'choose_folder', 'feature_cells', 'speed_up',
+           'main', 'check_options', 'check_restarts', 'first_alone', 'shared', 'resume_run', 'evaluate_closely', 'run',
+           'report', 'make_parser', 'command_line', 'complain']
 
 # %% ../nbs/runs/38_launch.ipynb #path
 import os
@@ -28,24 +28,26 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from fastcore.docments import docments
 from torch.nn.parallel import DistributedDataParallel
 
-import query_detr.boxes as boxes
-import query_detr.run.checkpoints as checkpoints
-import query_detr.data.coco as coco
-import query_detr.use.interop as convert
 import query_detr.batch as data
-import query_detr.run.evaluate as evaluation
-import query_detr.model as models
-import query_detr.use.plots as plots
-import query_detr.run.recipes as recipes
-import query_detr.run.loop as runs
-import query_detr.data.shapes as shapes
+import query_detr.boxes as boxes
 import query_detr.data.check as survey
+import query_detr.data.coco as coco
+import query_detr.data.shapes as shapes
+import query_detr.lab.cpu as cpu
+import query_detr.model as models
+import query_detr.run.checkpoints as checkpoints
+import query_detr.run.evaluate as evaluation
+import query_detr.run.loop as runs
+import query_detr.run.recipes as recipes
 import query_detr.run.step as training
+import query_detr.use.interop as convert
+import query_detr.use.plots as plots
 
 # %% ../nbs/runs/38_launch.ipynb #start-process
 def start_process(port_timeout_minutes: int = 30) -> "training.Process":
@@ -349,6 +351,23 @@ def choose_folder(output: str | None, resume: str | None, recipe_name: str) -> P
         key=lambda folder: max(file.stat().st_mtime for file in folder.glob("checkpoint*.pt")),
     )
 
+# %% ../nbs/runs/38_launch.ipynb #speed-up
+def feature_cells(recipe, dataset) -> int:
+    """Count the cells of the feature map of an image of middling size."""
+    height, width = (int(side) for side in np.median(dataset.sizes, axis=0))
+    if recipe.short_side:
+        height, width = coco.resized(height, width, recipe.short_side, recipe.longest_side)
+    shrinks = recipe.model.stages + 1 - recipe.model.dilation
+    return -(-height // 2**shrinks) * -(-width // 2**shrinks)
+
+
+def speed_up(model, recipe, dataset, process, micro_batch: int | None, kernels: str) -> str:
+    """Let a model on the CPU compute with what is fastest here; the line for the log."""
+    images = -(-recipe.batch_size // process.world)
+    cells = feature_cells(recipe, dataset)
+    dtype = torch.bfloat16 if recipe.amp == "bf16" else torch.float32
+    return cpu.use_fast_kernels(model, min(images, micro_batch or images), cells, kernels, dtype)
+
 # %% ../nbs/runs/38_launch.ipynb #main
 def main(
     recipe: str = "",  # which recipe to run, see --list-recipes
@@ -393,6 +412,7 @@ def main(
     save_every: int = 1000,  # steps between checkpoints; one is written after every epoch too
     on_bad_image: str = "stop",  # stop, or skip: replace an image that cannot be read by its neighbour, and count
     tensorboard: bool = False,  # write TensorBoard's files into the run folder too
+    kernels: str = "measured",  # on a CPU: measured (what is faster here), on or off
     log_instability: bool = False,  # after every epoch, log the share of queries that answer for another object than an epoch before
 ) -> dict:
     """Train a recipe on COCO (or on drawn scenes), evaluate it, and leave a folder with numbers, weights and pictures."""
@@ -440,7 +460,11 @@ def main(
     if compile:
         training.compile_layers(model)
     if process.device == "cpu":
-        training.reuse_memory()
+        cpu.tune_malloc()
+    if process.device == "cpu" and not compile:
+        about_kernels = speed_up(model, chosen, train_set, process, micro_batch, kernels)
+        if process.rank == 0:
+            print(about_kernels)
     asked = dict(per_class=per_class, per_layer=per_layer, duplicates=duplicates)
     if eval_only:
         return report(

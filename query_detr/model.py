@@ -177,7 +177,7 @@ class QueryDETR(nn.Module):
     def decode_predictions(
         self, memory: Memory, groups: int = 1, noise: Noise | None = None
     ) -> Predictions:
-        """Decode, then read classes and boxes from the hidden states with heads shared by layers."""
+        """Decode, then read classes and boxes from the hidden states of all layers."""
         hidden, references = self.decode(memory, groups, noise)
         boxes = self.decode_boxes(self.box_offsets(hidden), references)
         return Predictions(self.class_head(hidden).float(), boxes)

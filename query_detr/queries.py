@@ -116,7 +116,7 @@ class AnchorQueries(nn.Module):
         return self.position_head(where), spatial_query * self.modulation(state)
 
     def modulation(self, state: QueryState) -> Float[Tensor, "B Q D"]:  # for y, then for x
-        """Widen attention along the sides of the box: wanted size over size (DAB-DETR §4.4, eq. 6)."""
+        """Widen attention along the box: wanted size over its size (DAB-DETR §4.4, eq. 6)."""
         wanted = self.size_head(state.content).sigmoid()
         # an anchor's size can round to zero; no image is so large that 1e-6 of it could be seen
         factor = wanted / state.reference[..., 2:].clamp(min=1e-6)

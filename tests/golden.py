@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from query_detr.use.interop import from_detrex
-from query_detr.criterion import Criterion
-from query_detr.matcher import TermWeights
 from query_detr.batch import Targets
+from query_detr.criterion import Criterion
 from query_detr.denoising import Denoising, Noise, NoiseDraws, apply_noise
+from query_detr.matcher import TermWeights
 from query_detr.model import ModelConfig, QueryDETR
+from query_detr.use.interop import from_detrex
 
 FOLDER = Path(__file__).with_name("golden")
 IMAGES = 2

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .coco import read_annotations
 from ..batch import InputError
+from .coco import read_annotations
 from .files import whole_file
 from ..use.plots import TARGET, new_axes, plt, show_boxes
 

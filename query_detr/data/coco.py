@@ -37,8 +37,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from ..boxes import to_cxcywh
 from ..batch import InputError, Sample, exit_status, fold_seed
+from ..boxes import to_cxcywh
 from .files import map_arrays, write_arrays
 
 # %% ../../nbs/runs/23_coco.ipynb #read-annotations

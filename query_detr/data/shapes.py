@@ -6,7 +6,8 @@
 __all__ = ['SIDE', 'CLASSES', 'shape_mask', 'background', 'object_sizes', 'Scene', 'draw_scene', 'fingerprint', 'ShapesDataset']
 
 # %% ../../nbs/runs/21_shapes.ipynb #imports
-import hashlib, json
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -36,21 +36,21 @@ from torch.utils.flop_counter import flop_registry
 from torchvision.ops import generalized_box_iou
 
 import query_detr.criterion as criterion
+from ..batch import Assignment, Batch, InputError, Predictions, Targets, exit_status
 from ..boxes import to_xyxy
+from ..data.files import whole_file
+from ..groups import repeat_targets
+from .cpu import conv_linear, tune_malloc, use_fast_kernels
+from ..matcher import TermWeights, class_cost, match
+from ..model import QueryDETR
+from ..run.recipes import Recipe, change, recipe_named
+from ..run.step import batch_noise, compile_layers, make_optimizer
 from query_detr.use.interop import (
     check_exportable,
     fill_transformers,
     optional,
     transformers_config,
 )
-from ..batch import Assignment, Batch, InputError, Predictions, Targets, exit_status
-from ..data.files import whole_file
-from ..groups import repeat_targets
-from ..attention import linear
-from ..matcher import TermWeights, class_cost, match
-from ..model import QueryDETR
-from ..run.recipes import Recipe, change, recipe_named
-from ..run.step import batch_noise, compile_layers, make_optimizer, reuse_memory
 
 # %% ../../nbs/workshop/51_bench.ipynb #workload
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Workload:
     boxes: int = 20  # objects per image
     threads: int = 2  # of the processor
     amp: str | None = None  # bf16: autocast
+    kernels: str = "measured"  # on a CPU: measured, on or off, see `lab.cpu`
     compile: bool = False  # every encoder and decoder layer with torch.compile
     device: str = "cpu"
 
@@ -173,7 +174,7 @@ class Subject:
         torch.manual_seed(0)
         torch.set_num_threads(workload.threads)
         if workload.device == "cpu":
-            reuse_memory()  # as a run does
+            tune_malloc()  # as a run does
         self.workload, self.recipe, device = workload, workload.settings(), workload.device
         self.model = QueryDETR(self.recipe.model).to(device)
         nn.init.normal_(
@@ -181,6 +182,12 @@ class Subject:
         )  # boxes that differ, as in a model that has learned
         if workload.compile:
             compile_layers(self.model)
+        elif workload.device == "cpu":
+            cells = workload.features[0] * workload.features[1]
+            dtype = torch.bfloat16 if workload.amp else torch.float32
+            self.kernels = use_fast_kernels(
+                self.model, workload.batch, cells, workload.kernels, dtype
+            )
         self.criterion = self.recipe.criterion()
         self.optimizer = make_optimizer(self.model, self.recipe)
         self.batch = made_up_batch(workload, self.recipe.model.classes).to(device)
@@ -330,7 +337,7 @@ def spread(values: list[float]) -> dict[str, float]:
 # %% ../../nbs/workshop/51_bench.ipynb #measure
 RATES = {
     "fp32": (torch.float32, torch.matmul),
-    "fp32 as convolution": (torch.float32, linear),
+    "fp32 as convolution": (torch.float32, conv_linear),
     "bf16": (torch.bfloat16, torch.matmul),
 }
 
@@ -438,7 +445,7 @@ def measure_matching(
     """Time matching alone, the plain way and ours in turns; both must find the same pairs."""
     torch.set_num_threads(workload.threads)
     if workload.device == "cpu":
-        reuse_memory()
+        tune_malloc()
     model, rows = workload.settings().model, []
     for count in boxes:
         generator = torch.Generator().manual_seed(count)

@@ -26,18 +26,18 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
-from ..run.checkpoints import has_checkpoint, load_newest
-from ..data.coco import Transformed, coco_split, train_transform
 from ..batch import InputError, exit_status
+from ..data.coco import Transformed, coco_split, train_transform
 from ..data.files import whole_file
-from ..denoising import Denoising
-from ..run.evaluate import METRICS
-from ..model import QueryDETR
-from ..use.plots import NOISE, OTHER_GROUP, new_axes, plt, read_metrics
-from ..run.recipes import Recipe, change, differences, recipe_named, settings, sibling
-from ..run.loop import Fault, Preempted, Progress, RunOptions, fit, start_run
 from ..data.shapes import ShapesDataset
+from ..denoising import Denoising
+from ..model import QueryDETR
+from ..run.checkpoints import has_checkpoint, load_newest
+from ..run.evaluate import METRICS
+from ..run.loop import Fault, Preempted, Progress, RunOptions, fit, start_run
+from ..run.recipes import Recipe, change, differences, recipe_named, settings, sibling
 from ..run.step import Process, epoch_steps, load_steps, micro_batches, train_step
+from ..use.plots import NOISE, OTHER_GROUP, new_axes, plt, read_metrics
 
 # %% ../../nbs/workshop/52_experiments.ipynb #constants
 TRAIN_SCENES = 1200  # drawn, of series 1

@@ -18,7 +18,7 @@ from torchvision import models
 
 from ..batch import InputError
 from ..data.files import whole_file
-from ..features import Backbone
+from ..features import ResNetBackbone
 
 # %% ../../nbs/runs/34_checkpoints.ipynb #save
 def save(
@@ -175,7 +175,7 @@ def imagenet_weights(name: str) -> dict:
 
 # %% ../../nbs/runs/34_checkpoints.ipynb #load-backbone
 def load_backbone(
-    backbone: Backbone,
+    backbone: ResNetBackbone,
     name: str,  # of the backbone
     source: str,  # imagenet, or a file with a torchvision ResNet's weights
 ) -> None:

@@ -19,8 +19,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from ..boxes import iou, to_xyxy
 from ..batch import Batch, InputError, Predictions
+from ..boxes import iou, to_xyxy
 
 # %% ../../nbs/runs/33_evaluate.ipynb #detections
 @dataclass

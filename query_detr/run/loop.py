@@ -23,18 +23,17 @@ from typing import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from .checkpoints import load, load_newest, save, save_newest
-from ..data.coco import Transformed, train_transform
-from ..criterion import Criterion
 from ..batch import Batch, InputError, Targets, fold_seed
+from ..criterion import Criterion
+from ..data.coco import Transformed, train_transform
 from ..matcher import TermWeights, instability
 from ..model import QueryDETR
+from .checkpoints import load, load_newest, save, save_newest
 from .recipes import Recipe, differences, recipe_from_dict
 from query_detr.run.step import (
     Process,

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Process', 'steps_per_epoch', 'epoch_steps', 'micro_batches', 'keep_through_sigterm', 'load_steps', 'make_optimizer',
            'make_schedule', 'batch_noise', 'plain', 'SolveTimer', 'compute_gradients', 'Step', 'Watch', 'train_step',
-           'seed_dropout', 'precision', 'compile_layers', 'reuse_memory', 'eval_batches', 'gather_rows',
-           'detected_rows', 'evaluate', 'objects_of_queries']
+           'seed_dropout', 'precision', 'compile_layers', 'eval_batches', 'gather_rows', 'detected_rows', 'evaluate',
+           'objects_of_queries']
 
 # %% ../../nbs/runs/32_step.ipynb #imports
-import ctypes
 import math
 import signal
 import time
@@ -28,13 +27,13 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from ..data.coco import Transformed, eval_transform, train_transform
-from ..criterion import Criterion
 from ..batch import Assignment, Batch, collate, fold_seed
+from ..criterion import Criterion
+from ..data.coco import Transformed, eval_transform, train_transform
 from ..denoising import Noise, apply_noise, sample_noise
-from .evaluate import METRICS, coco_metrics, detect_all
 from ..matcher import assignment_table, match, solve_tables
 from ..model import ModelConfig
+from .evaluate import METRICS, coco_metrics, detect_all
 from .recipes import Recipe
 
 # %% ../../nbs/runs/32_step.ipynb #process
@@ -274,22 +273,8 @@ def precision(recipe: Recipe, device: str):
 # %% ../../nbs/runs/32_step.ipynb #compile-layers
 def compile_layers(model: nn.Module) -> None:
     """Compile the layers of the transformer and the stages of the backbone, once for all image sizes."""
-    for layer in (*model.backbone.stages, *model.encoder.layers, *model.decoder.layers):
+    for layer in (*model.backbone.compiled_parts(), *model.encoder.layers, *model.decoder.layers):
         layer.compile(dynamic=True)
-
-
-def reuse_memory() -> None:
-    """On Linux, keep freed memory for the next tensor. Given back to the system, it is new memory each time, and for large tensors fetching that takes longer than computing what goes in."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # macOS has none
-    if mallopt is None:
-        return
-    no_maps, never_trim, one_arena = (
-        (-4, 0),
-        (-1, -1),
-        (-8, 1),
-    )  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h
-    for setting in (no_maps, never_trim, one_arena):
-        mallopt(*setting)
 
 # %% ../../nbs/runs/32_step.ipynb #evaluate
 def eval_batches(

@@ -33,12 +33,12 @@ from torch.nn.functional import pad
 from torchvision.models import resnet
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from ..run.checkpoints import check_keys
-from ..data.coco import fetch
 from ..batch import InputError
+from ..data.coco import fetch
 from ..data.files import whole_file
 from ..features import RESNETS
-from ..model import ModelConfig, QueryDETR, InferenceConfig
+from ..model import InferenceConfig, ModelConfig, QueryDETR
+from ..run.checkpoints import check_keys
 from ..run.recipes import ANCHORS, NOISE, POINTS
 
 # %% ../../nbs/runs/42_interop.ipynb #rules-shared
@@ -87,10 +87,10 @@ OUTSIDE = (  # what is outside of the layers, in detrex and in the authors' code
 # %% ../../nbs/runs/42_interop.ipynb #rules-detrex
 DETREX = (
     *OUTSIDE,
-    (r"ffns\.0\.layers\.0\.1", "activation"),
-    (r"ffns\.0\.activation", "activation"),
-    (r"ffns\.0\.layers\.0\.0", "widen"),
-    (r"ffns\.0\.layers\.1", "narrow"),
+    (r"ffns\.0\.layers\.0\.1", "feedforward.activation"),
+    (r"ffns\.0\.activation", "feedforward.activation"),
+    (r"ffns\.0\.layers\.0\.0", "feedforward.linear1"),
+    (r"ffns\.0\.layers\.1", "feedforward.linear2"),
     (r"^(encoder\.layers\.\d+)\.attentions\.0\.attn", r"\1.attention"),
     (r"^(decoder\.layers\.\d+)\.attentions\.0", r"\1.self_attention"),
     (r"^(decoder\.layers\.\d+)\.attentions\.1", r"\1.cross_attention"),
@@ -101,8 +101,7 @@ DETREX = (
 AUTHORS = (
     *OUTSIDE,
     (r"^backbone\.0\.body\.", "backbone."),
-    (r"linear1", "widen"),
-    (r"linear2", "narrow"),
+    (r"\.(linear[12]|activation)\.", r".feedforward.\1."),
     *((rf"^(\w+\.layers\.\d+)\.norm{i + 1}\.", rf"\1.norms.{i}.") for i in range(3)),
     (r"^(encoder\.layers\.\d+)\.self_attn", r"\1.attention"),
     (r"^(decoder\.layers\.\d+)\.(sa_|self_attn\.)", r"\1.self_attention."),
@@ -125,9 +124,9 @@ TRANSFORMERS = (  # versions 4 and 5, ConditionalDetr and DabDetr
     (r"^decoder\.ref_point_head", "queries.point_head"),
     (r"^decoder\.ref_anchor_head", "queries.size_head"),
     (r"^encoder\.query_scale", "encoder.position_scale"),
-    (r"(mlp\.)?fc1", "widen"),
-    (r"(mlp\.)?fc2", "narrow"),
-    (r"(mlp\.)?activation_fn", "activation"),
+    (r"(mlp\.)?fc1", "feedforward.linear1"),
+    (r"(mlp\.)?fc2", "feedforward.linear2"),
+    (r"(mlp\.)?activation_fn", "feedforward.activation"),
     (r"(self_attn\.)?self_attn_layer_norm", "norms.0"),
     (r"(encoder|cross_attn\.cross)_attn_layer_norm", "norms.1"),
     (r"^(decoder\.layers\.\d+)\.(mlp\.)?final_layer_norm", r"\1.norms.2"),
@@ -355,7 +354,7 @@ def sizes_of(weights: dict) -> dict[str, int]:
         reference=("queries.embedding.weight", 1),
         classes=("class_head.weight", 0),
         width=("class_head.weight", 1),
-        feedforward=("encoder.layers.0.widen.weight", 0),
+        feedforward=("encoder.layers.0.feedforward.linear1.weight", 0),
     )
     for key, _ in known.values():
         if key not in weights or weights[key].dim() != 2:

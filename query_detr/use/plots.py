@@ -28,8 +28,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from ..boxes import to_xyxy
 from ..batch import InputError
+from ..boxes import to_xyxy
 
 # %% ../../nbs/runs/40_plots.ipynb #roles
 TARGET, PREDICTION, OTHER_GROUP, NOISE = (

@@ -23,12 +23,12 @@ from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import trange
 
+from ..batch import InputError, Sample, collate, exit_status
 from ..boxes import to_cxcywh
 from ..data.coco import eval_transform
-from ..batch import InputError, Sample, collate, exit_status
 from ..data.files import whole_file
-from ..run.evaluate import postprocess
 from ..model import QueryDETR
+from ..run.evaluate import postprocess
 from .plots import PREDICTION, plt, show_boxes
 
 # %% ../../nbs/runs/41_predict.ipynb #upright-rgb

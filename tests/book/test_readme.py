@@ -17,12 +17,12 @@ import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from query_detr import launch
-from query_detr.lab import experiments
-from query_detr.use.predict import predict
-from query_detr.run.checkpoints import save
-from query_detr.model import QueryDETR
-from query_detr.run.recipes import recipe_named, recipes, set_fields, settings
 from query_detr.data.shapes import ShapesDataset
+from query_detr.lab import experiments
+from query_detr.model import QueryDETR
+from query_detr.run.checkpoints import save
+from query_detr.run.recipes import recipe_named, recipes, set_fields, settings
+from query_detr.use.predict import predict
 
 ROOT = Path(__file__).parents[2]
 PAGES = {

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from query_detr import launch
-from query_detr.run import checkpoints
 from query_detr.batch import InputError, Targets
+from query_detr.data.shapes import ShapesDataset
 from query_detr.denoising import Denoising, apply_noise, sample_noise
 from query_detr.model import QueryDETR, one_group
+from query_detr.run import checkpoints
 from query_detr.run.recipes import recipe_named
-from query_detr.data.shapes import ShapesDataset
 
 TINY = [
     "queries=8",

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from query_detr import launch
-from query_detr.use.predict import predict
-from query_detr.model import QueryDETR
 from query_detr.data.shapes import ShapesDataset
+from query_detr.model import QueryDETR
+from query_detr.use.predict import predict
 
 TINY = [
     "--epochs",

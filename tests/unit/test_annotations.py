@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from query_detr.batch import InputError, Sample, collate
 from query_detr.data import coco
 from query_detr.data.coco import (
     CocoDetection,
@@ -28,7 +29,6 @@ from query_detr.data.coco import (
     to_tensor,
     train_transform,
 )
-from query_detr.batch import InputError, Sample, collate
 from query_detr.data.files import map_arrays, whole_file, write_arrays
 from query_detr.data.shapes import ShapesDataset
 

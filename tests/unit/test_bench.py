@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from query_detr import attention as layers
+from query_detr.batch import InputError
 from query_detr.lab import bench
 from query_detr.lab.bench import (
     Workload,
@@ -16,7 +17,6 @@ from query_detr.lab.bench import (
     measure_growth,
     measure_matching,
 )
-from query_detr.batch import InputError
 
 TINY = Workload("shapes_group", features=(4, 5), boxes=3, threads=1)
 

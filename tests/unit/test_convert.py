@@ -12,6 +12,11 @@ import torch
 from golden import ANCHORS, CONFIGS, POINTS, Golden
 from safetensors.torch import save_file
 
+from query_detr.batch import InputError
+from query_detr.denoising import Denoising
+from query_detr.features import ResNetBackbone
+from query_detr.model import InferenceConfig, ModelConfig, QueryDETR
+from query_detr.run.recipes import recipes
 from query_detr.use import interop as convert
 from query_detr.use.interop import (
     COCO_IDS,
@@ -22,11 +27,6 @@ from query_detr.use.interop import (
     to_onnx,
     to_transformers,
 )
-from query_detr.batch import InputError
-from query_detr.denoising import Denoising
-from query_detr.features import Backbone
-from query_detr.model import ModelConfig, QueryDETR, InferenceConfig
-from query_detr.run.recipes import recipes
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys"
 
@@ -187,7 +187,7 @@ def as_authors(weights):
 
 def backbone_named(library):
     """A small ResNet under the names of detectron2 or of torchvision inside the authors' model."""
-    weights = {f"backbone.{k}": v for k, v in Backbone("resnet10").state_dict().items()}
+    weights = {f"backbone.{k}": v for k, v in ResNetBackbone("resnet10").state_dict().items()}
     detrex = {
         "stem.0.": "stem.conv1.",
         "stem.1.": "stem.conv1.norm.",

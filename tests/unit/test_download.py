@@ -16,8 +16,8 @@ from zipfile import ZipFile
 import pytest
 
 import query_detr.data.coco as coco
-from query_detr.data.coco import coco_split, fetch
 from query_detr.batch import InputError
+from query_detr.data.coco import coco_split, fetch
 from query_detr.data.shapes import ShapesDataset
 
 CONTENT = bytes(range(251)) * 4000  # 1,004,000 bytes whose place can be told

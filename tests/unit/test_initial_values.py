@@ -45,7 +45,7 @@ def expected(name: str, shape) -> tuple[float, float]:
 def fan_in_of(name, shape):
     if name.startswith("project"):
         return 64
-    if name.endswith("narrow.bias"):
+    if name.endswith("linear2.bias"):
         return CONFIG.feedforward
     return shape[1] if len(shape) > 1 else CONFIG.width
 

@@ -13,19 +13,12 @@ from test_padding import shift_caused_by_padding
 from test_same_step import relative_difference
 
 from query_detr import attention as layers
-from query_detr import criterion
-from query_detr import decoder
-from query_detr import denoising
-from query_detr import features
-from query_detr import layout
-from query_detr import losses
-from query_detr import matcher
-from query_detr import queries
-from query_detr.run import step as train
+from query_detr import criterion, decoder, denoising, features, layout, losses, matcher, queries
 from query_detr.boxes import iou
 from query_detr.criterion import Criterion
 from query_detr.matcher import match
 from query_detr.model import QueryDETR
+from query_detr.run import step as train
 from query_detr.run.step import Process
 
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from query_detr.boxes import to_cxcywh
 from query_detr.batch import InputError, Predictions
-from query_detr.model import QueryDETR, InferenceConfig
-from query_detr.use.predict import annotated_names, command_line, image_files, open_picture, predict
+from query_detr.boxes import to_cxcywh
 from query_detr.data.shapes import CLASSES, draw_scene
+from query_detr.model import InferenceConfig, QueryDETR
+from query_detr.use.predict import annotated_names, command_line, image_files, open_picture, predict
 
 BOX = [10, 20, 40, 50]  # xyxy in pixels of `picture`
 

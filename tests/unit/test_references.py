@@ -4,12 +4,12 @@ import pytest
 import torch
 from golden import CONFIGS, IMAGES, Golden
 
-from query_detr.use.interop import from_transformers
-from query_detr.criterion import weighted_total
 from query_detr.batch import Assignment
+from query_detr.criterion import weighted_total
 from query_detr.groups import unfold_assignment
 from query_detr.losses import detection_loss
 from query_detr.model import ModelConfig, QueryDETR
+from query_detr.use.interop import from_transformers
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from query_detr.run.checkpoints import NEWEST, PREVIOUS, load, load_newest, save_newest
 from query_detr.batch import InputError
+from query_detr.data.shapes import ShapesDataset
 from query_detr.denoising import Denoising
 from query_detr.model import QueryDETR
-from query_detr.run.recipes import recipe_named
+from query_detr.run.checkpoints import NEWEST, PREVIOUS, load, load_newest, save_newest
 from query_detr.run.loop import Fault, Preempted, RunOptions, explain, fit, replay, start_run
-from query_detr.data.shapes import ShapesDataset
+from query_detr.run.recipes import recipe_named
 
 SCENES, STEPS = 12, 3  # per epoch
 

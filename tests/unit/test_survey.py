@@ -7,11 +7,11 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from query_detr.data.coco import CocoDetection
 from query_detr.batch import InputError
-from query_detr.use.plots import new_axes
-from query_detr.data.shapes import ShapesDataset
 from query_detr.data.check import File, choose_images, contact_sheet, draw_image, open_file, survey
+from query_detr.data.coco import CocoDetection
+from query_detr.data.shapes import ShapesDataset
+from query_detr.use.plots import new_axes
 
 SCENES = ShapesDataset(24, seed=0)
 
