@@ -69,12 +69,11 @@ def test_dropped_padding_mask_of_cross_attention_is_noticed(golden, monkeypatch,
             return max(shift_caused_by_padding(model)) < 1e-5
 
     assert outputs_equal_the_reference(golden) and padding_is_invisible()
+    right = layers.Attention.forward
     monkeypatch.setattr(
-        decoder,
-        "attend",
-        lambda q, k, v, heads, visible=None, dropout=0.0: layers.attend(
-            q, k, v, heads, None, dropout
-        ),
+        layers.Attention,
+        "forward",
+        lambda self, query, key, value, visible=None: right(self, query, key, value),
     )
     assert not outputs_equal_the_reference(golden) and not padding_is_invisible()
 
