@@ -71,8 +71,8 @@ def pad_targets(
     targets: Targets,
 ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T 4"]]:  # labels and boxes, T in the fullest image
     """Line up the objects of every image; what pads the shorter lines means nothing."""
-    labels, boxes = (x.split(targets.counts) for x in (targets.labels, targets.boxes))
-    return pad_sequence(labels, batch_first=True), pad_sequence(boxes, batch_first=True)
+    labels, boxes = targets.labels.split(targets.counts), targets.boxes.split(targets.counts)
+    return pad_sequence([*labels], batch_first=True), pad_sequence([*boxes], batch_first=True)
 
 # %% ../nbs/book/03_matcher.ipynb #solve-tables
 def solve_tables(
