@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .batch import Assignment, InputError, Targets
 from .boxes import giou, to_xyxy
@@ -70,11 +71,8 @@ def pad_targets(
     targets: Targets,
 ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T 4"]]:  # labels and boxes, T in the fullest image
     """Line up the objects of every image; what pads the shorter lines means nothing."""
-    index = torch.zeros(len(targets.counts), max(targets.counts, default=0), dtype=torch.int64)
-    for row, objects in zip(index, targets.slices, strict=True):
-        row[: objects.stop - objects.start] = torch.arange(objects.start, objects.stop)
-    index = index.to(targets.labels.device)
-    return targets.labels[index], targets.boxes[index]
+    labels, boxes = (x.split(targets.counts) for x in (targets.labels, targets.boxes))
+    return pad_sequence(labels, batch_first=True), pad_sequence(boxes, batch_first=True)
 
 # %% ../nbs/book/03_matcher.ipynb #solve-tables
 def solve_tables(

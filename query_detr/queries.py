@@ -33,19 +33,13 @@ class Queries(Protocol):
 
     embedding: nn.Embedding  # [K · N, ·], what is learned per query
 
-    def initial(self, batch: int, groups: int = 1) -> QueryState:
-        """Start every image with the queries of the first groups."""
-        ...
+    def initial(self, batch: int, groups: int = 1) -> QueryState: ...
 
-    def position(self, state: QueryState, layer: int) -> tuple[Tensor, Tensor]:
-        """Give query_pos and spatial_query of a layer."""
-        ...
+    def position(self, state: QueryState, layer: int) -> tuple[Tensor, Tensor]: ...
 
     def refine(
         self, reference: Tensor, hidden: Tensor, box_head: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Give what the next prediction starts from, and where the next layer looks."""
-        ...
+    ) -> tuple[Tensor, Tensor]: ...
 
 # %% ../nbs/book/07_queries.ipynb #point-queries
 class PointQueries(nn.Module):
@@ -63,11 +57,7 @@ class PointQueries(nn.Module):
         self.point_head = MLP(width, width, 2, 2)
         self.content_scale = MLP(width, width, width, 2)
 
-    def initial(
-        self,
-        batch: int,  # B
-        groups: int = 1,  # how many groups take part
-    ) -> QueryState:
+    def initial(self, batch: int, groups: int = 1) -> QueryState:
         """Start every image with empty content and the learned points."""
         learned = self.embedding.weight[: groups * self.number]
         with torch.autocast("cuda" if learned.is_cuda else "cpu", enabled=False):
@@ -76,9 +66,7 @@ class PointQueries(nn.Module):
         return QueryState(content, reference[None], learned[None])  # the same in every image: once
 
     def position(
-        self,
-        state: QueryState,
-        layer: int,  # 0 for the first decoder layer
+        self, state: QueryState, layer: int
     ) -> tuple[Float[Tensor, "1 Q D"], Float[Tensor, "#B Q D"]]:  # query_pos, spatial_query
         """Say who the query is and where it looks (Conditional DETR §3.3)."""
         assert state.embedding is not None  # `initial` sets it
@@ -112,20 +100,14 @@ class AnchorQueries(nn.Module):
         self.content_scale = MLP(width, width, width, 2)
         self.size_head = MLP(width, width, 2, 2)
 
-    def initial(
-        self,
-        batch: int,  # B
-        groups: int = 1,  # how many groups take part
-    ) -> QueryState:
+    def initial(self, batch: int, groups: int = 1) -> QueryState:
         """Start every image with empty content and the learned anchors."""
         anchors = self.embedding.weight[: groups * self.number].sigmoid()
         content = anchors.new_zeros(batch, len(anchors), self.width)
         return QueryState(content, anchors.expand(batch, -1, -1))
 
     def position(
-        self,
-        state: QueryState,
-        layer: int,  # 0 for the first decoder layer
+        self, state: QueryState, layer: int
     ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q D"]]:  # query_pos, spatial_query
         """Compute from the anchor who the query is and where it looks (DAB-DETR §4.2)."""
         where = sine_embedding(state.reference, self.width // 2)  # [B, Q, 2D]: y, x, width, height

@@ -1,4 +1,7 @@
-"""What CONTRIBUTING promises to somebody who changes the model: a new kind of noise, of query or of backbone is one definition in one place."""
+"""What CONTRIBUTING promises to somebody who changes the model.
+
+A new kind of noise, of query or of backbone is one definition in one place.
+"""
 
 from dataclasses import replace
 
@@ -6,12 +9,12 @@ import pytest
 import torch
 from torchvision.models import resnet
 
-from query_detr import denoising, features, model
-from query_detr.batch import collate
+from query_detr import criterion, denoising, features, model
+from query_detr.batch import Assignment, Targets, collate
 from query_detr.criterion import Criterion
 from query_detr.data.coco import Transformed, eval_transform
 from query_detr.data.shapes import ShapesDataset
-from query_detr.denoising import Denoising
+from query_detr.denoising import Denoising, Noise, apply_noise, sample_noise
 from query_detr.model import QueryDETR
 from query_detr.queries import AnchorQueries
 from query_detr.run.recipes import Recipe, recipe_named
@@ -64,6 +67,55 @@ def test_another_kind_of_noise_is_one_function(recipe, monkeypatch):
     monkeypatch.setattr(denoising, "noised_objects", normal_noise)
     learn(recipe)
     assert seen == [0.4, 0.4]
+
+
+def contrastive_noise(targets, draws, how: Denoising) -> Noise:
+    """DINO's contrastive noise: every object once near itself, once too far away to be found."""
+    outwards = draws.shift.sign() * (1 + draws.shift.abs()) / 2
+    near = apply_noise(targets, draws, how)
+    far = apply_noise(targets, replace(draws, shift=outwards), replace(how, box_noise=1.0))
+
+    def together(name):
+        sides = (getattr(side, name).unflatten(1, (near.sets, near.slots)) for side in (near, far))
+        return torch.cat([*sides], 2).flatten(1, 2)
+
+    pairs = near.assignment  # of the near ones alone
+    query = pairs.query + pairs.query // near.slots * near.slots
+    parts = {name: together(name) for name in ("labels", "boxes", "empty")}
+    return replace(near, **parts, assignment=replace(pairs, query=query), slots=2 * near.slots)
+
+
+def slots_with_negatives(predictions, noise):
+    """Line up all slots that are not empty; those without a pair are background."""
+    image, slot = (~noise.empty).nonzero(as_tuple=True)
+    rows = torch.zeros(noise.empty.shape, dtype=torch.int64)
+    rows[image, slot] = torch.arange(len(image))
+    pairs, layers = noise.assignment, len(predictions.logits)
+    query = rows[pairs.batch, pairs.query[0]]
+    return predictions.map(lambda tensor: tensor[:, None, image, slot]), Assignment(
+        torch.zeros_like(query), query.expand(layers, -1), pairs.target.expand(layers, -1)
+    )
+
+
+def test_contrastive_noise_is_two_functions(recipe, monkeypatch):
+    monkeypatch.setattr(criterion, "filled_slots", slots_with_negatives)
+    targets = Targets(torch.rand(3, 4) * 0.3 + 0.3, torch.tensor([0, 1, 2]), (1, 2))
+    how = Denoising(sets=2)
+    noise = contrastive_noise(targets, sample_noise(how, 5, targets, (0, 1), 0, 0), how)
+    learner = QueryDETR(recipe.model).train()
+    torch.nn.init.normal_(learner.box_head.layers[-1].weight, std=0.1)
+    predictions = learner(
+        torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool), noise
+    )
+    total = Criterion(groups=2)(predictions, targets, len(targets), noise).total
+    of_logits, of_boxes = torch.autograd.grad(total, (predictions.logits, predictions.boxes))
+    paired = torch.zeros_like(noise.empty)
+    paired[noise.assignment.batch, noise.assignment.query[0]] = True
+    negative = ~paired & ~noise.empty
+    heard = of_logits[:, :, : noise.total].abs().sum((0, 3)) > 0
+    assert torch.equal(heard, paired | negative)
+    assert torch.equal(of_boxes[:, :, : noise.total].abs().sum((0, 3)) > 0, paired)
+    assert negative.sum() == paired.sum() == 6
 
 
 def test_another_kind_of_query_is_one_class_and_its_name(recipe, monkeypatch):

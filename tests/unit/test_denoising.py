@@ -1,4 +1,7 @@
-"""Noise is drawn per image and set, made without touching the targets, costs nothing where it is empty, and stays finite."""
+"""Noise is drawn per image and set, and made without touching the targets.
+
+It costs nothing where it is empty, and stays finite.
+"""
 
 from dataclasses import replace
 
@@ -53,9 +56,8 @@ def test_draws_depend_on_seed_epoch_image_and_set_alone():
     counts, ids = (3, 0, 2), (7, 8, 9)
     together = sample_noise(NOISE, 5, some_targets(counts), ids, 1, 2)
     alone = sample_noise(NOISE, 5, some_targets((2,)), (9,), 1, 2)
-    assert torch.equal(together.shift[:, 3:], alone.shift) and torch.equal(
-        together.label[:, 3:], alone.label
-    )
+    assert torch.equal(together.shift[:, 3:], alone.shift)
+    assert torch.equal(together.label[:, 3:], alone.label)
     assert not torch.equal(alone.shift[0], alone.shift[1])
     for other in ((9,), 2, 2), ((9,), 1, 3), ((8,), 1, 2):
         assert not torch.equal(
@@ -77,7 +79,8 @@ def test_targets_stay_as_they_are():
     targets = some_targets((3, 1))
     before = targets.boxes.clone(), targets.labels.clone()
     apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), Denoising(box_noise=1.0))
-    assert torch.equal(targets.boxes, before[0]) and torch.equal(targets.labels, before[1])
+    assert torch.equal(targets.boxes, before[0])
+    assert torch.equal(targets.labels, before[1])
 
 
 def test_boxes_of_size_zero_give_finite_losses_and_gradients(small):
@@ -89,7 +92,8 @@ def test_boxes_of_size_zero_give_finite_losses_and_gradients(small):
     )
     assert (noise.boxes[~noise.empty][:, 2:] == 0).all()
     model, outcome = take_step(small, targets, noise=noise)
-    assert outcome.total.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+    assert outcome.total.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def replace_shift(draws, value):
@@ -100,7 +104,8 @@ def replace_shift(draws, value):
 @pytest.mark.parametrize("counts", [(0, 0), (2, 0), (0, 3)])
 def test_images_without_objects_are_no_trouble(small, counts):
     model, outcome = take_step(small, some_targets(counts))
-    assert outcome.total.isfinite() and all(p.grad is not None for p in model.parameters())
+    assert outcome.total.isfinite()
+    assert all(p.grad is not None for p in model.parameters())
     if not sum(counts):
         assert outcome.losses["noise_class_loss"].sum() == 0
 
@@ -123,7 +128,10 @@ def test_empty_slots_cost_nothing(small):
 
 
 def test_padding_slots_reach_real_noise_only_where_they_are_visible(small):
-    """The authors leave them visible; `hide_padding` hides them. Matching queries never see either."""
+    """The authors leave them visible; `hide_padding` hides them.
+
+    Matching queries never see either.
+    """
     targets = some_targets((3, 1))
     noise = apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), NOISE)
     wider = apply_noise(targets, sample_noise(NOISE, 5, targets, (0, 1), 0, 0), NOISE, slots=6)

@@ -1,4 +1,4 @@
-"""Group-wise one-to-many assignment is the optimum of every group, found by trying all permutations."""
+"""Group-wise one-to-many assignment is the optimum of every group, by trying all permutations."""
 
 from itertools import permutations
 

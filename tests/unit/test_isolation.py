@@ -1,4 +1,7 @@
-"""Group 0 learns as if it were alone: no other group and no noise query reaches its outputs, on either path of attention."""
+"""Group 0 learns as if it were alone.
+
+No other group and no noise query reaches its outputs, on either path of attention.
+"""
 
 from dataclasses import replace
 
@@ -29,7 +32,7 @@ PATHS = {"masked": masked_attention, "folded": folded_attention}
 
 
 class Step:
-    """The decoder's part of a training step, with dropout, whose every input can be asked for its gradient."""
+    """The decoder's part of a training step, with dropout, with the gradient of every input."""
 
     def __init__(self, small, axes):
         torch.manual_seed(0)
@@ -56,7 +59,10 @@ class Step:
         self.group_0 = slice(self.layout.noise, self.layout.noise + config.queries)
 
     def run(self, attention, dtype, read: slice, disturbed: slice | None = None):
-        """Read a scalar from some queries' outputs; give its value and its gradients for the queries' inputs and the memory."""
+        """Read a scalar from some queries' outputs.
+
+        Gives its value and its gradients for the queries' inputs and the memory.
+        """
         inputs = {k: v.clone() for k, v in vars(self.state).items() if v is not None}
         if disturbed is not None:
             for k, v in inputs.items():
@@ -128,15 +134,15 @@ def test_one_visible_stranger_is_noticed(small, axes):
     visible[..., step.group_0.start, stranger] = True
     assert is_isolated(step, masked_attention(step.layout), torch.float32)
 
-    def attend_leaky(attention, query, key, value):
+    def attend_with_stranger(attention, query, key, value):
         return attention(query, key, value, visible)
 
-    assert not is_isolated(step, attend_leaky, torch.float32)
+    assert not is_isolated(step, attend_with_stranger, torch.float32)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_noise_teaches_group_0_through_its_keys_and_values(small, path):
-    """Intended: noise may look at group 0, so what noise gets wrong reaches group 0's inputs, and nobody else's."""
+    """Intended: noise may look at group 0, so its loss reaches group 0's inputs, nobody else's."""
     step = Step(small, COMBINATIONS["anchors + groups + noise"])
     _, grads, _ = step.run(PATHS[path](step.layout), torch.float32, slice(0, step.layout.noise))
     assert grads["content"][:, step.group_0].abs().max() > 1e-6
@@ -159,7 +165,7 @@ def test_folded_attention_equals_masked_attention(layout):
     inputs = [torch.randn(2, layout.total, 16, requires_grad=True) for _ in range(3)]
     found = []
     for path in PATHS.values():
-        out = path(layout)(Attention(4), *inputs)
+        out = path(layout)(Attention(4, dropout=0.0), *inputs)
         found.append(
             (out, *torch.autograd.grad((out * torch.linspace(-1, 1, 16)).square().sum(), inputs))
         )
