@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from query_detr.model import ModelConfig
+from query_detr.lab import cpu
+from query_detr.model import ModelConfig, QueryDETR
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -42,3 +43,19 @@ def small():
 def quiet_and_repeatable():
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+@pytest.fixture(params=["off", "on", "measured"])
+def kernels(request, monkeypatch):
+    """Let every new model compute with torch's modules, with the CPU's kernels, or as measured."""
+    if request.param == "on":
+        monkeypatch.setattr(cpu, "MIN_MULTIPLICATIONS", 1)
+    build = QueryDETR.__init__
+
+    def build_and_swap(self, *arguments, **options):
+        build(self, *arguments, **options)
+        cpu.use_fast_kernels(self, images=2, cells=64, kernels=request.param)
+
+    if request.param != "off":
+        monkeypatch.setattr(QueryDETR, "__init__", build_and_swap)
+    return request.param

@@ -46,8 +46,8 @@ def conv_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if not large or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return nn.functional.linear(x, weight, bias)
     out = conv2d(_as_pictures(x.flatten(0, -2)), weight[..., None, None], bias)
-    shape = [*x.shape[:-1], len(weight)]
-    return torch.ops.aten._unsafe_view(out.permute(0, 2, 3, 1), shape)  # to autograd no view
+    rows = out.permute(0, 2, 3, 1).contiguous()  # as it lies there already, but for odd inputs
+    return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], len(weight)])  # to autograd no view
 
 
 class ConvLinear(nn.Linear):

@@ -10,6 +10,8 @@ from query_detr.criterion import Criterion
 from query_detr.groups import fold_predictions, repeat_targets, unfold_assignment
 from query_detr.matcher import match, matching_cost
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 K, N = 3, 4
 
 

@@ -15,6 +15,8 @@ from query_detr.features import Memory
 from query_detr.layout import QueryLayout, folded_attention, masked_attention
 from query_detr.model import QueryDETR
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 ANCHORS = dict(reference="anchor", activation="prelu")
 NOISE = Denoising(sets=2)
 COMBINATIONS = {

@@ -69,12 +69,12 @@ def test_dropped_padding_mask_of_cross_attention_is_noticed(golden, monkeypatch,
             return max(shift_caused_by_padding(model)) < 1e-5
 
     assert outputs_equal_the_reference(golden) and padding_is_invisible()
-    right = layers.Attention.forward
-    monkeypatch.setattr(
-        layers.Attention,
-        "forward",
-        lambda self, query, key, value, visible=None: right(self, query, key, value),
-    )
+    attend = layers.attend
+
+    def attend_to_padding(query, key, value, heads, visible=None, dropout=0.0):
+        return attend(query, key, value, heads, None, dropout)
+
+    monkeypatch.setattr(layers, "attend", attend_to_padding)
     assert not outputs_equal_the_reference(golden) and not padding_is_invisible()
 
 

@@ -1,8 +1,11 @@
 """Padding is invisible: given the same features, it changes no valid memory, logit or box."""
 
+import pytest
 import torch
 
 from query_detr.model import QueryDETR
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def padded(features, right, bottom):

@@ -11,6 +11,8 @@ from query_detr.losses import detection_loss
 from query_detr.model import ModelConfig, QueryDETR
 from query_detr.use.interop import from_transformers
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def golden(request):
