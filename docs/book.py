@@ -1,6 +1,8 @@
-"""Write the book as HTML pages, with nbconvert alone: `python docs/book.py [FOLDER] [--only NOTEBOOK …] [--mathjax ADDRESS]`.
+"""Write the book as HTML pages, with nbconvert alone: `python docs/book.py [FOLDER] [--only
+NOTEBOOK …] [--mathjax ADDRESS]`.
 
-Saved outputs are taken as they are, nothing is run. Pages are whole in themselves (pictures, styles) but for MathJax, which draws the equations and is loaded from
+Saved outputs are taken as they are, nothing is run. Pages are whole in themselves (pictures,
+styles) but for MathJax, which draws the equations and is loaded from
 ADDRESS; a copy on the disk will do to read without a network.
 """
 
@@ -152,7 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = set(options.only or ()) - {path.stem for path in book}
     if unknown:
         parser.error(
-            f"there is no notebook {', '.join(sorted(unknown))}: there are {', '.join(path.stem for path in book)}"
+            f"there is no notebook {', '.join(sorted(unknown))}: there are "
+            f"{', '.join(path.stem for path in book)}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     for path in book:

@@ -1,4 +1,5 @@
-"""Annotation files: kept arrays are whole, shared and never stale, and whatever a file contains, it is read or refused in plain words."""
+"""Annotation files: kept arrays are whole, shared and never stale, and whatever a file contains,
+it is read or refused in plain words."""
 
 import contextlib
 import io
@@ -619,7 +620,8 @@ def mutate(content, rng):
 
 
 def mutated_file(content: bytes, seed: int) -> bytes:
-    """Make the file of a seed: something else entirely, or with changed fields, or with changed bytes."""
+    """Make the file of a seed: something else entirely, or with changed fields, or with changed
+    bytes."""
     rng = random.Random(seed)
     if seed < len(TEXTS):
         return TEXTS[seed]

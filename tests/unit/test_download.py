@@ -1,4 +1,5 @@
-"""Downloads against a local server that supports ranges, changes its mind, and breaks off; COCO's archives unpacked from it."""
+"""Downloads against a local server that supports ranges, changes its mind, and breaks off;
+COCO's archives unpacked from it."""
 
 import hashlib
 import io

@@ -1,4 +1,6 @@
-"""AP is COCO's, to all published numbers of its own example and whatever engine computes it; what else is told about detections agrees with counting one by one. (Perfect detections and merged shards: chapter 33.)"""
+"""AP is COCO's, to all published numbers of its own example and whatever engine computes it;
+what else is told about detections agrees with counting one by one. (Perfect detections and
+merged shards: chapter 33.)"""
 
 import copy
 import json
@@ -63,7 +65,8 @@ def test_all_twelve_published_numbers_of_the_coco_example(example, engine):
 def made_up(
     seed, images=12, categories=6, detections=40, score_digits=None, largest=180.0, crowds=0.1
 ):
-    """A ground truth and detections: near objects, doubled, and anywhere; some images without objects, the last category without any."""
+    """A ground truth and detections: near objects, doubled, and anywhere; some images without
+    objects, the last category without any."""
     rng = np.random.default_rng(seed)
     category_ids, image_ids = (
         np.sort(rng.choice(90, categories, replace=False) + 1),

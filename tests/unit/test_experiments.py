@@ -1,4 +1,5 @@
-"""The experiment's runs are kept, continued and compared as it says; the stored results agree with the variants, the tables with the results."""
+"""The experiment's runs are kept, continued and compared as it says; the stored results agree
+with the variants, the tables with the results."""
 
 import json
 import re
