@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from query_detr.batch import InputError
 from query_detr.lab import bench

@@ -23,7 +23,7 @@ from query_detr.run.evaluate import (
     per_class,
     text_table,
 )
-from query_detr.run.step import evaluate
+from query_detr.run import evaluate
 from query_detr.use.plots import read_metrics, show_run
 
 PUBLISHED = (0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564)

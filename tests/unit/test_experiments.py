@@ -333,7 +333,7 @@ def test_stored_result_is_complete_and_of_the_present_variant(path):
 @pytest.mark.skipif(not stored_files, reason="no results are stored")
 def test_table_of_the_reading_notebook_agrees_with_the_files():
     """Read the saved table of chapter 14 and work its numbers out again, by other means."""
-    notebook = json.loads((ROOT / "nbs" / "31_claim.ipynb").read_text())
+    notebook = json.loads((ROOT / "nbs" / "book" / "14_claim.ipynb").read_text())
     printed = "".join(
         text
         for cell in notebook["cells"]
