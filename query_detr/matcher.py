@@ -126,9 +126,9 @@ def match(
     """
     B, N = logits.shape[1:3]
     if len(targets.counts) != B:
-        found = len(targets.counts)
+        given = len(targets.counts)
         raise InputError(
-            f"predictions for {B} images, targets for {found}: pass those of one batch"
+            f"predictions for {B} images, targets for {given}: pass those of one batch"
         )
     if max(targets.counts, default=0) > N:
         warnings.warn(
