@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -139,7 +138,7 @@ class Ours(CocoDetection):
         ]
 
     def look(self, i):
-        _, boxes, labels = self[i]
+        _, _boxes, labels = self[i]
         return len(labels), self.file_name(i)
 
 
@@ -254,7 +253,7 @@ def rank(path: str, cache: str, barrier, reports) -> None:
     """One of several processes that open at the same time."""
     before = memory()
     barrier.wait()
-    dataset, cost = opened("ours", path, cache)
+    _dataset, cost = opened("ours", path, cache)
     barrier.wait()
     reports.put((cost["seconds"], memory() - before))
     barrier.wait()

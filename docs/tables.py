@@ -120,7 +120,7 @@ def ledger() -> str:
     """Put the models side by side in chapter 53's table."""
     names, rows = ["conditional_detr", "group_detr", "dab_detr", "dn_detr"], {}
     for what, against, tolerance, seen, test in ledger_lines():
-        model, colon, what = (
+        model, _colon, what = (
             what.partition(": ") if ": " in what else ("conditional_detr", "", what)
         )
         rows.setdefault((what, against, tolerance, test), {})[model] = (

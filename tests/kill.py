@@ -7,6 +7,7 @@ cores)
 Every other kill waits for the moment at which a checkpoint is being written.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -69,10 +70,8 @@ def kill(run: subprocess.Popen) -> None:
     """Kill torchrun and its processes at once."""
     run.send_signal(signal.SIGSTOP)  # so that it cannot react
     for pid in (*workers(run), run.pid):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     run.wait()
 
 

@@ -125,7 +125,7 @@ def is_tensor(annotation: ast.AST | None) -> bool:
     )
 
 
-def test_every_tensor_that_a_public_function_takes_or_a_public_class_holds_has_its_shape_beside_it():
+def test_every_tensor_of_a_public_signature_has_its_shape_beside_it():
     faults = []
     for module in MODULES:
         comments = comments_of(module)

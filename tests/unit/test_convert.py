@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import ANCHORS, CONFIGS, POINTS, Golden
+from golden import CONFIGS, Golden
 from safetensors.torch import save_file
 
 from query_detr.batch import InputError
@@ -121,9 +121,10 @@ def test_91_ids_become_80_classes(listed):
     ids = list(COCO_IDS) if not name.startswith("detrex") else list(range(80))
     assert ((got.weights["class_head.bias"] % 1) * 100).round().int().tolist() == ids
     if "dn" in name:
-        assert (
-            (got.weights["labels.table.weight"][:, 0] % 1) * 100
-        ).round().int().tolist() == ids + [91 if ids[0] else 80]
+        assert ((got.weights["labels.table.weight"][:, 0] % 1) * 100).round().int().tolist() == [
+            *ids,
+            91 if ids[0] else 80,
+        ]
 
 
 def test_coco_ids_are_those_of_coco():

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from query_detr.batch import Batch, InputError, Predictions, Targets
+from query_detr.run import evaluate
 from query_detr.run.evaluate import (
     METRICS,
     coco_evaluation,
@@ -25,7 +26,6 @@ from query_detr.run.evaluate import (
     per_class,
     text_table,
 )
-from query_detr.run import evaluate
 from query_detr.use.plots import read_metrics, show_run
 
 PUBLISHED = (0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564)
@@ -242,7 +242,7 @@ def test_ap_of_a_class_is_that_of_a_file_with_no_other():
             rows[rows[:, 6] == category["id"]],
             "pycocotools",
         )
-        assert (result.AP, result.AP50) == pytest.approx((alone["AP"], alone["AP50"]), abs=1e-12)
+        assert pytest.approx((alone["AP"], alone["AP50"]), abs=1e-12) == (result.AP, result.AP50)
         assert result.objects == sum(not a["iscrowd"] for a in own)
     assert results[-1].objects == 0 and results[-1].AP == results[-1].AP50 == -1
     assert np.mean([r.AP for r in results if r.AP >= 0]) == pytest.approx(

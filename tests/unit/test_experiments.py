@@ -28,7 +28,6 @@ from query_detr.lab.experiments import (
     run_one,
     step_costs,
     steps_to_reach,
-    table,
 )
 from query_detr.run.recipes import differences, recipe_named, sibling
 
@@ -347,7 +346,7 @@ def test_table_of_the_reading_notebook_agrees_with_the_files():
             for path in stored_files
             if json.loads(path.read_text())["variant"] == name
         ]
-        if not runs or name not in CLAIM and not variant.baseline:
+        if not runs or (name not in CLAIM and not variant.baseline):
             continue
         last = runs[0]["curve"][-1]["step"]
         at = [
