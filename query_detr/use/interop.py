@@ -392,7 +392,9 @@ def config_of(
         feedforward=sizes["feedforward"],
         encoder_layers=layer_count(weights, "encoder.layers."),
         decoder_layers=layer_count(weights, "decoder.layers."),
-        activation="prelu" if "decoder.layers.0.feedforward.activation.weight" in weights else "relu",
+        activation="prelu"
+        if "decoder.layers.0.feedforward.activation.weight" in weights
+        else "relu",
         scale_positions="encoder.position_scale.layers.0.weight" in weights,
         backbone=backbone,
         stages=stages,
