@@ -3,18 +3,20 @@
 A new kind of noise, of query or of backbone is one definition in one place.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torchvision.models import resnet
 
 from query_detr import criterion, denoising, features, model
-from query_detr.batch import Assignment, Targets, collate
+from query_detr.batch import Assignment, Predictions, Targets, collate
 from query_detr.criterion import Criterion
 from query_detr.data.coco import Transformed, eval_transform
 from query_detr.data.shapes import ShapesDataset
 from query_detr.denoising import Denoising, Noise, apply_noise, sample_noise
+from query_detr.groups import repeat_targets
+from query_detr.matcher import TermWeights
 from query_detr.model import QueryDETR
 from query_detr.queries import AnchorQueries
 from query_detr.run.recipes import Recipe, recipe_named
@@ -116,6 +118,40 @@ def test_contrastive_noise_is_two_functions(recipe, monkeypatch):
     assert torch.equal(heard, paired | negative)
     assert torch.equal(of_boxes[:, :, : noise.total].abs().sum((0, 3)) > 0, paired)
     assert negative.sum() == paired.sum() == 6
+
+
+@dataclass(eq=False)
+class TargetsWithMasks(Targets):
+    """Objects with a mask each, as a mask head would need them."""
+
+    masks: torch.Tensor
+
+
+def test_a_further_field_of_targets_is_one_definition():
+    targets = TargetsWithMasks(torch.rand(3, 4), torch.arange(3), (1, 2), torch.rand(3, 8, 8))
+    repeated = repeat_targets(targets.to("cpu"), 2)
+    assert repeated.counts == (1, 1, 2, 2)
+    assert torch.equal(repeated.masks, targets.masks[[0, 0, 1, 2, 1, 2]])
+
+
+class WeightsWithMasks(TermWeights):
+    def of(self, loss):
+        return 10.0 if "mask" in loss else super().of(loss)
+
+
+def test_a_further_loss_is_one_entry(monkeypatch):
+    usual = criterion.detection_loss
+
+    def with_masks(predictions, *arguments):
+        return usual(predictions, *arguments) | {"mask": torch.ones(len(predictions.logits))}
+
+    targets = Targets(torch.rand(3, 4) * 0.3 + 0.3, torch.tensor([0, 1, 2]), (1, 2))
+    predictions = Predictions(torch.randn(2, 2, 6, 5), torch.rand(2, 2, 6, 4))
+    before = Criterion()(predictions, targets, 3)
+    monkeypatch.setattr(criterion, "detection_loss", with_masks)
+    after = Criterion(weights=WeightsWithMasks())(predictions, targets, 3)
+    assert list(after.losses) == [*before.losses, "mask_loss"]
+    assert after.total.item() == pytest.approx(before.total.item() + 20)
 
 
 def test_another_kind_of_query_is_one_class_and_its_name(recipe, monkeypatch):
