@@ -157,7 +157,7 @@ class Theirs:
 
     def look(self, i):
         found = self.coco.loadAnns(self.coco.getAnnIds(self.ids[i]))
-        boxes, labels = (
+        _boxes, _labels = (
             torch.tensor([a["bbox"] for a in found if not a["iscrowd"]]),
             torch.tensor([a["category_id"] for a in found if not a["iscrowd"]]),
         )
@@ -386,7 +386,8 @@ def main() -> None:
         p.add_argument("--epochs", type=int, default=2),
     )
     if sys.argv[1:2] == ["process"]:
-        return one_process(*sys.argv[2:6], int(sys.argv[6]))
+        one_process(*sys.argv[2:6], int(sys.argv[6]))
+        return
     options = vars(parser.parse_args())
     dict(annotations=annotations, pipeline=pipeline)[options.pop("command")](**options)
 

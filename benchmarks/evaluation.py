@@ -146,7 +146,8 @@ def main() -> None:
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
-        return measure(options)
+        measure(options)
+        return
     found = []
     for engine in options.engines:
         done = subprocess.run(

@@ -313,7 +313,7 @@ def written(text: str) -> str:
     ).items():
         text, count = re.subn(
             rf"(?s)(<!-- {name} -->\n).*?(<!-- /{name} -->)",
-            lambda match: f"{match[1]}\n{make()}\n\n{match[2]}",
+            lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}",
             text,
         )
         if count != 1:

@@ -110,7 +110,7 @@ def datasets(
     limit_train: int | None,
     limit_val: int | None,
     overfit: int | None = None,
-    own: list[str] = [],
+    own: tuple[str, ...] = (),
 ):
     """Open the training and the validation set; to overfit, both are the same few training
     images."""
@@ -284,7 +284,10 @@ def draw_detections(model, batch, class_names, threshold: float, axes) -> None:
         model(batch.images, batch.pad_mask), torch.ones(1, 2, device=batch.images.device), 100
     )
     sure = found.scores[0] > threshold
-    named = lambda labels: [class_names[label] for label in labels.tolist()]
+
+    def named(labels):
+        return [class_names[label] for label in labels.tolist()]
+
     plots.show_detections(
         batch.images[0].cpu(),
         boxes.to_cxcywh(found.boxes_xyxy[0][sure]).cpu(),
@@ -429,7 +432,7 @@ def main(
     workers: int
     # processes that load images, per training process; default: 4 with a GPU, else 0
     | None = None,
-    set_: list[str] = [],  # FIELD=VALUE … change any field of the recipe, see --print-recipe
+    set_: tuple[str, ...] = (),  # FIELD=VALUE … change any field of the recipe, see --print-recipe
     list_recipes: bool = False,  # show all recipes and stop
     print_recipe: str | None = None,  # show all fields of this recipe, or of --recipe, and stop
     against: str
@@ -690,7 +693,7 @@ def make_parser(function=main) -> argparse.ArgumentParser:
         option, default = f"--{name.strip('_').replace('_', '-')}", parameter.default
         kind = int if "int" in str(parameter.annotation) else str
         how = dict(action="store_true") if default is False else dict(type=kind, default=default)
-        if default == []:
+        if default == ():
             how = dict(nargs="+", default=[], action="extend", metavar="FIELD=VALUE")
         if name == "resume":
             how = dict(nargs="?", const="auto", metavar="FILE")

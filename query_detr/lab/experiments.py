@@ -684,7 +684,8 @@ def main(
     for name in only:
         variant_named(name)
     if list_:
-        return print(list_variants(Path(results)))
+        print(list_variants(Path(results)))
+        return
     if cost:
         measure_costs(only, Path(results))
     else:

@@ -33,7 +33,7 @@ from ..criterion import Criterion
 from ..data.coco import Transformed, train_transform
 from ..matcher import TermWeights, instability
 from ..model import QueryDETR
-from .checkpoints import load, load_newest, save, save_newest
+from .checkpoints import load, save, save_newest
 from .recipes import Recipe, differences, recipe_from_dict
 from query_detr.run.step import (
     Process,

@@ -9,7 +9,7 @@ __all__ = ['POINTS', 'ANCHORS', 'NOISE', 'BACKBONES', 'CONDITIONAL', 'DAB', 'DN'
            'recipe_from_dict']
 
 # %% ../../nbs/runs/30_recipes.ipynb #imports
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 
 from ..batch import InputError

@@ -152,8 +152,8 @@ def check_command(words: list[str]) -> None:
     """Refuse what no parser, file or program answers to."""
     program, *rest = words
     if program == "srun":
-        return check_command(rest)
-    if program == "torchrun":
+        check_command(rest)
+    elif program == "torchrun":
         check_launch(rest)
     elif program == "python" and rest[0] == "-m":
         check_module(rest)

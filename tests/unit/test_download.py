@@ -35,10 +35,12 @@ class Handler(BaseHTTPRequestHandler):
         server, content = self.server, self.server.files.get(self.path)
         server.asked.append((self.path, self.headers.get("Range"), self.headers.get("If-Range")))
         if server.status or content is None:
-            return self.answer(server.status or 404, b"<html>")
+            self.answer(server.status or 404, b"<html>")
+            return
         start = self.start(len(content))
         if start and start >= len(content):
-            return self.answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+            self.answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+            return
         extra = (
             {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
         )
@@ -52,12 +54,12 @@ class Handler(BaseHTTPRequestHandler):
             return 0
         return int(wanted.removeprefix("bytes=").partition("-")[0])
 
-    def answer(self, status, body, extra={}, kind="application/octet-stream"):
+    def answer(self, status, body, extra=(), kind="application/octet-stream"):
         self.send_response(status)
         for name, value in {
             "Content-Type": kind,
             **({"Content-Length": str(len(body))} if self.server.tells_length else {}),
-            **extra,
+            **dict(extra),
         }.items():
             self.send_header(name, value)
         if not self.server.tells_length:
@@ -281,7 +283,10 @@ def coco_server(server, tmp_path_factory):
     drawn = tmp_path_factory.mktemp("drawn")
     for split, length in (("train2017", 6), ("val2017", 4)):
         ShapesDataset(length).write_coco(drawn, split)
-    read = lambda pattern: {str(p.relative_to(drawn)): p.read_bytes() for p in drawn.glob(pattern)}
+
+    def read(pattern):
+        return {str(p.relative_to(drawn)): p.read_bytes() for p in drawn.glob(pattern)}
+
     annotations = {**read("annotations/*"), "annotations/captions_val2017.json": b"{}"}
     server.files = {
         "/zips/val2017.zip": packed({"val2017/": b"", **read("val2017/*")}),

@@ -65,7 +65,7 @@ class Step:
         """
         inputs = {k: v.clone() for k, v in vars(self.state).items() if v is not None}
         if disturbed is not None:
-            for k, v in inputs.items():
+            for _k, v in inputs.items():
                 v[:, disturbed] = torch.rand(
                     v[:, disturbed].shape, generator=torch.Generator().manual_seed(3)
                 )

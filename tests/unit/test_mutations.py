@@ -168,7 +168,7 @@ def average_of_two_processes(keep_own_count=False):
         probe = type(
             "Probe",
             (Process,),
-            {"total": lambda self, numbers: seen.append(float(numbers)) or numbers},
+            {"total": lambda self, numbers, seen=seen: seen.append(float(numbers)) or numbers},
         )
         gradients(probe(rank, 2), IMAGES)
         counts.append(seen[0])

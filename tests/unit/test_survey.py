@@ -356,7 +356,7 @@ def test_more_boxes_than_queries(folder):
 
 
 def test_the_data_set_refuses_what_the_survey_calls_a_stop(folder):
-    for what, (level, _, _, change, change_file) in DAMAGES.items():
+    for _what, (level, _, _, change, _change_file) in DAMAGES.items():
         if level != "stop" or not change:
             continue
         data = content(folder)
@@ -368,7 +368,7 @@ def test_the_data_set_refuses_what_the_survey_calls_a_stop(folder):
 
 def test_everything_at_once_is_survived(folder):
     data, rng = content(folder), random.Random(0)
-    for what, (_, _, _, change, _) in DAMAGES.items():
+    for _what, (_, _, _, change, _) in DAMAGES.items():
         if change:
             change(data)
     for a in data["annotations"][::3]:
