@@ -7,8 +7,9 @@ __all__ = ['QueryAttention', 'attend_to_all', 'SelfAttention', 'join_heads', 'Pa
            'ConditionalDecoderLayer', 'Decoder']
 
 # %% ../nbs/book/08_decoder.ipynb #imports
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Callable, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
