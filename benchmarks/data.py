@@ -1,9 +1,12 @@
-"""Measure what data costs: the annotations of a set of COCO's size, and the pipeline from files to batches.
+"""Measure what data costs: the annotations of a set of COCO's size, and the pipeline from files
+to batches.
 
-    python benchmarks/data.py annotations             # as many images and boxes as train2017; --outlines makes the json as large, too
+    python benchmarks/data.py annotations             # as many images and boxes as train2017;
+    --outlines makes the json as large, too
     python benchmarks/data.py pipeline IMAGES JSON    # a folder of images and their annotations
 
-Linux only: memory is what /proc/PID/smaps_rollup says. "own" counts pages that no other process uses and that cannot be read from a file again (private, dirty);
+Linux only: memory is what /proc/PID/smaps_rollup says. "own" counts pages that no other process
+uses and that cannot be read from a file again (private, dirty);
 "share" counts all pages, those that n processes use as an n-th (PSS).
 """
 
@@ -12,7 +15,6 @@ import contextlib
 import io
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -136,7 +138,7 @@ class Ours(CocoDetection):
         ]
 
     def look(self, i):
-        _, boxes, labels = self[i]
+        _, _boxes, labels = self[i]
         return len(labels), self.file_name(i)
 
 
@@ -238,8 +240,11 @@ def iterate(dataset, workers: int, before: np.ndarray) -> None:
         table.append([memory(w.pid) for w in loader._iterator._workers])
     begun, one, two = (np.mean(t, 0) for t in table)
     print(
-        f"    {workers} loading processes, mean of each: at the start own {begun[0]:.1f} MB, share {begun[1]:.1f} MB; "
-        f"growth of own memory in the first epoch {one[0] - begun[0]:+.1f} MB, in the second {two[0] - one[0]:+.1f} MB; {len(dataset) / seconds:,.0f} images/s, {boxes // 2:,} boxes seen",
+        f"    {workers} loading processes, mean of each: at the start own {begun[0]:.1f} "
+        f"MB, share {begun[1]:.1f} MB; "
+        f"growth of own memory in the first epoch {one[0] - begun[0]:+.1f} MB, in the "
+        f"second {two[0] - one[0]:+.1f} MB; {len(dataset) / seconds:,.0f} images/s, "
+        f"{boxes // 2:,} boxes seen",
         flush=True,
     )
 
@@ -248,7 +253,7 @@ def rank(path: str, cache: str, barrier, reports) -> None:
     """One of several processes that open at the same time."""
     before = memory()
     barrier.wait()
-    dataset, cost = opened("ours", path, cache)
+    _dataset, cost = opened("ours", path, cache)
     barrier.wait()
     reports.put((cost["seconds"], memory() - before))
     barrier.wait()
@@ -349,7 +354,8 @@ def pipeline(images: str, annotations: str, batch: int, epochs: int) -> None:
             count, pixels = count + len(joined), pixels + (~joined.pad_mask).sum().item()
     total = time.process_time() - started
     print(
-        f"{count} images, {pixels / count / 1e6:.2f} million pixels each, batches of {batch}: {count / total:.1f} images/s on one core"
+        f"{count} images, {pixels / count / 1e6:.2f} million pixels each, batches of "
+        f"{batch}: {count / total:.1f} images/s on one core"
     )
     seconds["the rest"] = total - sum(seconds.values())
     for name, s in seconds.most_common():

@@ -1,8 +1,11 @@
-"""Measure how long COCO's evaluation takes and how much memory it needs, with each engine in a process of its own.
+"""Measure how long COCO's evaluation takes and how much memory it needs, with each engine in a
+process of its own.
 
-usage: python benchmarks/evaluation.py [--images 5000] [--objects 36000] [--classes 80] [--detections 300] [--engines hotcoco pycocotools] [--duplicates]
+usage: python benchmarks/evaluation.py [--images 5000] [--objects 36000] [--classes 80]
+[--detections 300] [--engines hotcoco pycocotools] [--duplicates]
 
-Ground truth and detections are made up (seeded) in the sizes of COCO's val2017: detections near objects, several for some of them, and random ones.
+Ground truth and detections are made up (seeded) in the sizes of COCO's val2017: detections near
+objects, several for some of them, and random ones.
 pycocotools takes minutes and gigabytes at the default size.
 """
 
@@ -22,7 +25,8 @@ from query_detr.run.evaluate import coco_evaluation, duplicates, metrics_of, per
 def made_up(
     images: int, objects: int, classes: int, detections: int, seed: int = 0
 ) -> tuple[dict, torch.Tensor]:
-    """Draw a ground truth and `detections` rows per image; few classes are frequent, few objects are large."""
+    """Draw a ground truth and `detections` rows per image; few classes are frequent, few objects
+    are large."""
     rng = np.random.default_rng(seed)
     image_ids = np.sort(rng.choice(600_000, images, replace=False) + 1)
     often = rng.zipf(1.5, classes).clip(max=200).astype(float) + 1
@@ -63,7 +67,8 @@ def made_up(
 def rows_of_image(
     rng, image_id, boxes, label, classes: int, detections: int
 ) -> np.ndarray:  # [detections, 7]
-    """Find each object one to three times, less surely the more the box is off, and fill up with random boxes of low scores."""
+    """Find each object one to three times, less surely the more the box is off, and fill up with
+    random boxes of low scores."""
     near = np.repeat(np.arange(len(boxes)), rng.integers(1, 4, len(boxes)))[:detections]
     noise = rng.exponential(0.08, (len(near), 1))
     found = boxes[near] + noise * rng.standard_normal((len(near), 4)) * boxes[near][:, [2, 3, 2, 3]]
@@ -152,9 +157,8 @@ def main() -> None:
         )
         found.append(json.loads(done.stdout))
         print(
-            "{engine}: {rows} detections, {seconds} s, at most {peak_gb} GB of memory ({before_gb} GB before it began)".format(
-                **found[-1]
-            ),
+            "{engine}: {rows} detections, {seconds} s, at most {peak_gb} GB of memory "
+            "({before_gb} GB before it began)".format(**found[-1]),
             flush=True,
         )
     apart = max(

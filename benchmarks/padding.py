@@ -1,4 +1,5 @@
-"""Measure the share of padded pixels in training with images shared out as they come, and with images of like width together.
+"""Measure the share of padded pixels in training with images shared out as they come, and with
+images of like width together.
 
 usage: python benchmarks/padding.py COCO_FOLDER [SPLIT]
 """
@@ -38,5 +39,7 @@ if __name__ == "__main__":
             ]
             shares[together].append(padded_share(sizes, pieces))
     print(
-        f"{len(dataset)} images, steps of 16 on 8 processes, 4 epochs: {np.mean(shares[False]):.1%} of the pixels are padding as the images come, {np.mean(shares[True]):.1%} with like widths together"
+        f"{len(dataset)} images, steps of 16 on 8 processes, 4 epochs: "
+        f"{np.mean(shares[False]):.1%} of the pixels are padding as the images come, "
+        f"{np.mean(shares[True]):.1%} with like widths together"
     )

@@ -1,6 +1,8 @@
-"""Write the book as HTML pages, with nbconvert alone: `python docs/book.py [FOLDER] [--only NOTEBOOK …] [--mathjax ADDRESS]`.
+"""Write the book as HTML pages, with nbconvert alone: `python docs/book.py [FOLDER] [--only
+NOTEBOOK …] [--mathjax ADDRESS]`.
 
-Saved outputs are taken as they are, nothing is run. Pages are whole in themselves (pictures, styles) but for MathJax, which draws the equations and is loaded from
+Saved outputs are taken as they are, nothing is run. Pages are whole in themselves (pictures,
+styles) but for MathJax, which draws the equations and is loaded from
 ADDRESS; a copy on the disk will do to read without a network.
 """
 
@@ -17,31 +19,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "nbs"
 MATHJAX = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-chtml.js"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
-STYLE = """
-:root { color-scheme: light dark; --page: #fff; --text: #1f2328; --dim: #59636e; --line: #d8dee4; --code: #f6f8fa; --link: #0a5cc2; }
-@media (prefers-color-scheme: dark) { :root { --page: #15181c; --text: #dde3ea; --dim: #98a2ae; --line: #353c45; --code: #1e2329; --link: #78b0ff; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; display: grid; grid-template-columns: 15rem minmax(0, 1fr); }
-nav.book { position: sticky; top: 0; height: 100vh; overflow-y: auto; padding: 1.2rem 1rem; border-right: 1px solid var(--line); font-size: 0.86rem; }
-nav.book a { display: block; padding: 0.1rem 0.4rem; color: var(--text); border-radius: 4px; }
-nav.book a[aria-current] { background: var(--code); font-weight: 600; }
-main { padding: 1.5rem 2.5rem 4rem; max-width: 70rem; width: 100%; }
-a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
-a.anchor-link { visibility: hidden; padding-left: 0.3em; } :is(h1, h2, h3):hover a.anchor-link { visibility: visible; }
-h1 { font-size: 2rem; margin: 0.5rem 0; } h2 { margin: 2.2rem 0 0.6rem; padding-top: 0.6rem; border-top: 1px solid var(--line); } h3 { margin: 1.6rem 0 0.5rem; }
-blockquote { margin: 0.5rem 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--dim); }
-pre, code { font: 0.84rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
-:not(pre) > code { background: var(--code); padding: 0.1em 0.3em; border-radius: 4px; }
-pre { margin: 0; overflow-x: auto; }
-.input_area, .rendered_html pre { background: var(--code); border: 1px solid var(--line); border-radius: 6px; padding: 0.6rem 0.8rem; margin: 0.7rem 0; }
-.highlight { background: none; }
-.output_area pre { padding: 0.1rem 0.9rem; color: var(--dim); }
-.output_png img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; padding: 4px; }
-.rendered_html { overflow-x: auto; }
-table { border-collapse: collapse; margin: 0.8rem 0; font-size: 0.9rem; } td, th { border: 1px solid var(--line); padding: 0.25rem 0.6rem; text-align: left; vertical-align: top; } th { background: var(--code); }
-.turn { display: flex; justify-content: space-between; gap: 2rem; margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-@media (max-width: 60rem) { body { display: block; } nav.book { position: static; height: auto; max-height: 12rem; border-right: 0; border-bottom: 1px solid var(--line); } main { padding: 1rem; } }
-"""
+STYLE = Path(__file__).with_name("book.css").read_text(encoding="utf-8")
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -49,7 +27,13 @@ PAGE = """<!DOCTYPE html>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{style}</style>
-<script>window.MathJax = {{tex: {{inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]], displayMath: [["$$", "$$"], ["\\\\[", "\\\\]"]]}}, options: {{ignoreHtmlClass: "input|output_text"}}}};</script>
+<script>window.MathJax = {{
+  tex: {{
+    inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]],
+    displayMath: [["$$", "$$"], ["\\\\[", "\\\\]"]]
+  }},
+  options: {{ignoreHtmlClass: "input|output_text"}}
+}};</script>
 <script async src="{mathjax}"></script>
 </head>
 <body>
@@ -152,7 +136,8 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = set(options.only or ()) - {path.stem for path in book}
     if unknown:
         parser.error(
-            f"there is no notebook {', '.join(sorted(unknown))}: there are {', '.join(path.stem for path in book)}"
+            f"there is no notebook {', '.join(sorted(unknown))}: there are "
+            f"{', '.join(path.stem for path in book)}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     for path in book:

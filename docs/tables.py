@@ -1,4 +1,5 @@
-"""Write README's tables anew, from what they report: recipes, results, chapter 53's output, the list of chapters.
+"""Write README's tables anew, from what they report: recipes, results, chapter 53's output, the
+list of chapters.
 
 `python docs/tables.py` changes README.md; tests/book/test_readme.py fails while it would.
 """
@@ -119,7 +120,7 @@ def ledger() -> str:
     """Put the models side by side in chapter 53's table."""
     names, rows = ["conditional_detr", "group_detr", "dab_detr", "dn_detr"], {}
     for what, against, tolerance, seen, test in ledger_lines():
-        model, colon, what = (
+        model, _colon, what = (
             what.partition(": ") if ": " in what else ("conditional_detr", "", what)
         )
         rows.setdefault((what, against, tolerance, test), {})[model] = (
@@ -180,18 +181,25 @@ def claim() -> str:
         for name in ("conditional_long", "conditional_groups5")
     )
     sentences.append(
-        f"In about the time of the five groups a plain Conditional DETR takes {long['step']:,} steps and ends at {long['AP']:.3f} (seed 0), they at {five['AP']:.3f}."
+        "In about the time of the five groups a plain Conditional DETR takes "
+        f"{long['step']:,} steps and ends at {long['AP']:.3f} (seed 0), they at "
+        f"{five['AP']:.3f}."
     )
 
     def last(name):
         return f"{next(run for run in results[name] if run['seed'] == 0)['curve'][-1]['AP']:.3f}"
 
     sentences.append(
-        f"Seed 0 alone: 1, 3, 5 and 11 groups end at {', '.join(map(last, ('conditional', 'conditional_groups3', 'conditional_groups5')))} and {last('conditional_groups11')}; DAB-DETR at {last('dab')}, with denoising at "
-        f"{last('dab_noise5')}, with denoising and 5 groups at {last('dab_noise5_groups5')}; on the blood cells 1 group at {last('bccd')}, 5 at {last('bccd_groups5')}."
+        "Seed 0 alone: 1, 3, 5 and 11 groups end at "
+        f"{', '.join(map(last, ('conditional', 'conditional_groups3', 'conditional_groups5')))} "
+        f"and {last('conditional_groups11')}; DAB-DETR at {last('dab')}, with denoising at "
+        f"{last('dab_noise5')}, with denoising and 5 groups at "
+        f"{last('dab_noise5_groups5')}; on the blood cells 1 group at {last('bccd')}, 5 at "
+        f"{last('bccd_groups5')}."
     )
     sentences.append(
-        f"Of the matched queries {changed('dab_noise5'):.2f} change their object from epoch to epoch with denoising, {changed('dab'):.2f} without."
+        f"Of the matched queries {changed('dab_noise5'):.2f} change their object from "
+        f"epoch to epoch with denoising, {changed('dab'):.2f} without."
     )
     return text + "\n\n" + " ".join(sentences)
 
@@ -256,11 +264,14 @@ def speed() -> str:
         [
             "A training step of `group_detr_12ep`:",
             table(["", "median", "TFLOP/s", "machine's TFLOP/s", "peak memory"], steps),
-            "Beside transformers' models with the same weights, inputs and dropout, in turns (how many times longer theirs takes):",
+            "Beside transformers' models with the same weights, inputs and dropout, in "
+            "turns (how many times longer theirs takes):",
             table(
                 ["", "", "our step, theirs", "our inference, theirs", "machine's TFLOP/s"], rivals
             ),
-            f"Matching alone, the plain way (layer by layer, all queries with all objects of the batch) and ours, the same pairs (matrices at {rate(timed('matching'))} TFLOP/s):",
+            "Matching alone, the plain way (layer by layer, all queries with all objects "
+            "of the batch) and ours, the same pairs (matrices at "
+            f"{rate(timed('matching'))} TFLOP/s):",
             table(["boxes per image", "plain", "ours", "ratio"], matching),
             growth(),
         ]
@@ -288,7 +299,9 @@ def growth() -> str:
         lines.append(f"With {listed} {kind} a step takes {times} times as long")
     fit = timed("growth")["fit"]
     lines[0] += (
-        f": {fit['seconds']['constant']:.2f} s and {1000 * fit['seconds']['per_unit']:.2f} s per thousand queries; {fit['bytes']['constant'] / 1e9:.2f} GB and {fit['bytes']['per_unit'] / 1e6:.2f} GB"
+        f": {fit['seconds']['constant']:.2f} s and {1000 * fit['seconds']['per_unit']:.2f} "
+        f"s per thousand queries; {fit['bytes']['constant'] / 1e9:.2f} GB and "
+        f"{fit['bytes']['per_unit'] / 1e6:.2f} GB"
     )
     return ". ".join(lines) + "."
 

@@ -28,9 +28,7 @@ class MLP(nn.Module):
     ):
         super().__init__()
         widths = [inputs, *[hidden] * (depth - 1), outputs]
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Float[Tensor, "*rest inputs"]) -> Float[Tensor, "*rest outputs"]:
         for layer in self.layers[:-1]:
@@ -136,7 +134,8 @@ class FeedForward(nn.Module):
 
 # %% ../nbs/book/05_attention.ipynb #xavier
 def xavier_(module: nn.Module) -> None:
-    """Draw every matrix of a module from Xavier's uniform distribution, as the reference implementations do."""
+    """Draw every matrix of a module from Xavier's uniform distribution, as the reference
+    implementations do."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)

@@ -51,7 +51,8 @@ import query_detr.use.plots as plots
 
 # %% ../nbs/runs/38_launch.ipynb #start-process
 def start_process(port_timeout_minutes: int = 30) -> "training.Process":
-    """Join the other processes that torchrun started (nccl for what lies on GPUs, gloo for what lies on CPUs), or be the only one."""
+    """Join the other processes that torchrun started (nccl for what lies on GPUs, gloo for what
+    lies on CPUs), or be the only one."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     if device != "cpu":
@@ -70,7 +71,10 @@ def idle_gpus_hint(arguments: list[str]) -> str | None:
     gpus, used = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus <= used:
         return None
-    return f"{gpus - used} of {gpus} GPUs are idle; to use all: torchrun --nproc_per_node {gpus} query_detr/launch.py {' '.join(arguments)}"
+    return (
+        f"{gpus - used} of {gpus} GPUs are idle; to use all: torchrun --nproc_per_node "
+        f"{gpus} query_detr/launch.py {' '.join(arguments)}"
+    )
 
 # %% ../nbs/runs/38_launch.ipynb #coco-folder
 def coco_folder(given: str | None) -> Path:
@@ -78,7 +82,9 @@ def coco_folder(given: str | None) -> Path:
     folder = Path(given or os.environ.get("QUERY_DETR_COCO") or "data/coco")
     if not folder.is_dir():
         raise data.InputError(
-            f"{folder} is not a folder. Name COCO's with --coco or $QUERY_DETR_COCO (python -m query_detr.data.coco download FOLDER fetches it); expected in it:\n{coco.LAYOUT.format(folder=folder)}"
+            f"{folder} is not a folder. Name COCO's with --coco or $QUERY_DETR_COCO "
+            "(python -m query_detr.data.coco download FOLDER fetches it); expected in "
+            f"it:\n{coco.LAYOUT.format(folder=folder)}"
         )
     return folder
 
@@ -92,7 +98,8 @@ def own_files(
         return []
     if missing:
         raise data.InputError(
-            f"own data needs images and a COCO json for training and for validation: {', '.join(missing)} is missing"
+            "own data needs images and a COCO json for training and for validation: "
+            f"{', '.join(missing)} is missing"
         )
     return list(files.values())
 
@@ -105,7 +112,8 @@ def datasets(
     overfit: int | None = None,
     own: list[str] = [],
 ):
-    """Open the training and the validation set; to overfit, both are the same few training images."""
+    """Open the training and the validation set; to overfit, both are the same few training
+    images."""
     if overfit:
         few, _ = datasets(recipe, folder, overfit, 1, own=own)
         return few, few
@@ -153,7 +161,8 @@ def prepare_folder(folder: Path, recipe, resumed: bool) -> None:
 
 # %% ../nbs/runs/38_launch.ipynb #build-model
 def open_checkpoint(recipe, path: str | None):
-    """Read weights, ours or another library's; for those of another library, build the model as the file asks and not as the recipe says."""
+    """Read weights, ours or another library's; for those of another library, build the model as
+    the file asks and not as the recipe says."""
     if not path:
         return recipe, None, ""
     weights = convert.read_weights(path)
@@ -183,7 +192,8 @@ def open_checkpoint(recipe, path: str | None):
 def build_model(
     recipe, weights: dict | None, source: str | None, seed: int, fine_tune: bool = True
 ):
-    """Make the model with its first weights: a checkpoint's, or pretrained ones for the backbone, or drawn ones; and say what became of a checkpoint."""
+    """Make the model with its first weights: a checkpoint's, or pretrained ones for the
+    backbone, or drawn ones; and say what became of a checkpoint."""
     torch.manual_seed(seed)
     model = models.QueryDETR(recipe.model)
     if weights:
@@ -197,7 +207,8 @@ def look_at_data(recipe, folder: str | None, own: list[str], output: str | None)
     """Report on the training and the validation data, and draw some of both."""
     if recipe.data == "shapes" and not own and not folder:
         raise data.InputError(
-            "--check-data: this recipe draws its scenes; name data with --coco or with --train-images and its siblings"
+            "--check-data: this recipe draws its scenes; name data with --coco or with "
+            "--train-images and its siblings"
         )
     if not own:
         place = coco_folder(folder)
@@ -216,13 +227,15 @@ def look_at_data(recipe, folder: str | None, own: list[str], output: str | None)
             stops.append(annotations)
     if stops:
         raise data.InputError(
-            f"{' and '.join(stops)}: training would stop at what is listed above as such; mend it first"
+            f"{' and '.join(stops)}: training would stop at what is listed above as such; "
+            "mend it first"
         )
     return {}
 
 
 def match_classes(recipe, train_set, val_set, chosen: list[str]):
-    """Give the model one output per class of the data; refuse sets or settings that contradict each other."""
+    """Give the model one output per class of the data; refuse sets or settings that contradict
+    each other."""
     if train_set.category_ids != val_set.category_ids:
         raise data.InputError(
             "training and validation annotations list different categories: both need the same ids"
@@ -233,7 +246,8 @@ def match_classes(recipe, train_set, val_set, chosen: list[str]):
     ):
         if wanted < classes:
             raise data.InputError(
-                f"the data has {classes} classes, labels 0..{classes - 1}, but classes={wanted} was set: leave it out, or set at least {classes}"
+                f"the data has {classes} classes, labels 0..{classes - 1}, but "
+                f"classes={wanted} was set: leave it out, or set at least {classes}"
             )
         return recipe
     return recipes.change(recipe, {"model.classes": classes})
@@ -289,7 +303,11 @@ def effort(progress, process) -> str:
         int(progress.seconds % 3600 // 60),
         int(progress.seconds % 60),
     )
-    return f"{progress.step} steps of {progress.recipe.batch_size} images, {progress.epoch} epochs, in {hours}:{minutes:02}:{seconds:02} on {process.world} × {process.device.split(':')[0]}"
+    return (
+        f"{progress.step} steps of {progress.recipe.batch_size} images, "
+        f"{progress.epoch} epochs, in {hours}:{minutes:02}:{seconds:02} on {process.world} "
+        f"× {process.device.split(':')[0]}"
+    )
 
 
 def closing_table(recipe, metrics: dict, folder: Path | None, effort: str = "") -> str:
@@ -302,7 +320,8 @@ def closing_table(recipe, metrics: dict, folder: Path | None, effort: str = "") 
         recipe, recipes.recipes[recipe.name]
     )
     published = (
-        f"published for these settings, trained on all of COCO train2017: AP {recipe.published_ap / 100:.3f} ({recipe.source})"
+        "published for these settings, trained on all of COCO train2017: AP "
+        f"{recipe.published_ap / 100:.3f} ({recipe.source})"
         if as_published
         else ""
     )
@@ -334,7 +353,8 @@ def recipe_text(recipe, against: str | None) -> str:
 
 # %% ../nbs/runs/38_launch.ipynb #choose-folder
 def choose_folder(output: str | None, resume: str | None, recipe_name: str) -> Path:
-    """Settle where the run lives: what the user named, the folder of the run to resume, or a new one."""
+    """Settle where the run lives: what the user named, the folder of the run to resume, or a new
+    one."""
     if output:
         return Path(output)
     if resume and resume != "auto":
@@ -379,7 +399,9 @@ def main(
     check_data: bool = False,  # look for faults in the data, draw some of it, and stop
     output: str | None = None,  # folder of the run; default: runs/RECIPE, numbered if taken
     resume: str
-    | None = None,  # auto: continue from the newest good checkpoint of the output folder, or begin if there is none; or continue from this file
+    # auto: continue from the newest good checkpoint of the output folder, or begin if there is
+    # none; or continue from this file
+    | None = None,
     eval_only: bool = False,  # evaluate --checkpoint and stop
     checkpoint: str | None = None,  # weights to start from, or to evaluate
     per_class: bool = False,  # after the evaluation, AP of every class
@@ -391,7 +413,8 @@ def main(
     epochs: int | None = None,  # instead of the recipe's
     batch_size: int | None = None,  # images of one optimisation step in total, over all processes
     micro_batch: int
-    | None = None,  # most images that one process holds at once; the rest of its share is accumulated
+    # most images that one process holds at once; the rest of its share is accumulated
+    | None = None,
     amp: str
     | None = None,  # bf16: multiply matrices in bfloat16; boxes, costs and losses stay in float32
     compile: bool = False,  # compile the model's layers with torch.compile
@@ -401,21 +424,28 @@ def main(
     limit_train: int | None = None,  # use only the first images for training
     limit_val: int | None = None,  # use only the first images for validation
     overfit: int
-    | None = None,  # train and evaluate on this many training images: the first thing to try when nothing learns
+    # train and evaluate on this many training images: the first thing to try when nothing learns
+    | None = None,
     workers: int
-    | None = None,  # processes that load images, per training process; default: 4 with a GPU, else 0
+    # processes that load images, per training process; default: 4 with a GPU, else 0
+    | None = None,
     set_: list[str] = [],  # FIELD=VALUE … change any field of the recipe, see --print-recipe
     list_recipes: bool = False,  # show all recipes and stop
     print_recipe: str | None = None,  # show all fields of this recipe, or of --recipe, and stop
     against: str
-    | None = None,  # with --print-recipe: show only the fields in which that recipe differs from this one
+    # with --print-recipe: show only the fields in which that recipe differs from this one
+    | None = None,
     save_every: int = 1000,  # steps between checkpoints; one is written after every epoch too
-    on_bad_image: str = "stop",  # stop, or skip: replace an image that cannot be read by its neighbour, and count
+    # stop, or skip: replace an image that cannot be read by its neighbour, and count
+    on_bad_image: str = "stop",
     tensorboard: bool = False,  # write TensorBoard's files into the run folder too
     kernels: str = "measured",  # on a CPU: measured (what is faster here), on or off
-    log_instability: bool = False,  # after every epoch, log the share of queries that answer for another object than an epoch before
+    # after every epoch, log the share of queries that answer for another object than an epoch
+    # before
+    log_instability: bool = False,
 ) -> dict:
-    """Train a recipe on COCO (or on drawn scenes), evaluate it, and leave a folder with numbers, weights and pictures."""
+    """Train a recipe on COCO (or on drawn scenes), evaluate it, and leave a folder with numbers,
+    weights and pictures."""
     if list_recipes:
         return (
             print(
@@ -441,7 +471,8 @@ def main(
     process = start_process()
     if chosen.batch_size < process.world:
         raise data.InputError(
-            f"batch_size = {chosen.batch_size} cannot be shared by {process.world} processes: start fewer, or raise --batch-size"
+            f"batch_size = {chosen.batch_size} cannot be shared by {process.world} "
+            "processes: start fewer, or raise --batch-size"
         )
     with first_alone(process):
         train_set, val_set = datasets(chosen, coco, limit_train, limit_val, overfit, own)
@@ -507,25 +538,30 @@ def check_options(print_recipe, against, eval_only, checkpoint, group) -> None:
 
 
 def check_restarts(resume: str | None, output: str | None) -> None:
-    """Refuse torchrun's --max-restarts where a restart would not find its run, or the dead processes' addresses."""
+    """Refuse torchrun's --max-restarts where a restart would not find its run, or the dead
+    processes' addresses."""
     if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         return
     if resume != "auto" or not output:
         raise data.InputError(
-            "--max-restarts: add --resume auto and name the folder of the run with --output, so that a restart finds what it should go on from"
+            "--max-restarts: add --resume auto and name the folder of the run with "
+            "--output, so that a restart finds what it should go on from"
         )
     if (
         os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         and int(os.environ.get("WORLD_SIZE", 1)) > 1
     ):
         raise data.InputError(
-            "--max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun; without it restarted processes look for those that died (pytorch issue 135712)"
+            "--max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment "
+            "of torchrun; without it restarted processes look for those that died (pytorch "
+            "issue 135712)"
         )
 
 # %% ../nbs/runs/38_launch.ipynb #shared
 @contextmanager
 def first_alone(process):
-    """Let the first process go ahead, so that it alone downloads and prepares what the others then find."""
+    """Let the first process go ahead, so that it alone downloads and prepares what the others
+    then find."""
     if process.rank:
         dist.barrier()
     try:
@@ -544,11 +580,10 @@ def shared(process, choose):
 
 
 def resume_run(progress, folder: Path, resume: str | None, process) -> bool:
-    """Go on where a run was stopped; with auto, begin if there is nothing to go on from. Tells which it was."""
-    if (
-        not resume
-        or resume == "auto"
-        and not shared(process, lambda: checkpoints.has_checkpoint(folder))
+    """Go on where a run was stopped; with auto, begin if there is nothing to go on from. Tells
+    which it was."""
+    if not resume or (
+        resume == "auto" and not shared(process, lambda: checkpoints.has_checkpoint(folder))
     ):
         return False
     if resume == "auto":
@@ -558,7 +593,8 @@ def resume_run(progress, folder: Path, resume: str | None, process) -> bool:
     progress.resume(path, checkpoints.load(path))
     if process.rank == 0:
         print(
-            f"Going on from {path}: step {progress.step}, epoch {progress.epoch} of {progress.recipe.epochs}"
+            f"Going on from {path}: step {progress.step}, epoch {progress.epoch} of "
+            f"{progress.recipe.epochs}"
         )
     return True
 

@@ -50,7 +50,8 @@ class Golden:
         return torch.from_numpy(self.arrays[key])
 
     def model(self) -> QueryDETR:
-        """Build our model with the reference's weights; the backbone, which the reference has not, stays as drawn."""
+        """Build our model with the reference's weights; the backbone, which the reference has
+        not, stays as drawn."""
         model = QueryDETR(self.config)
         model.project = torch.nn.Conv2d(self["inputs/features"].shape[1], self.config.width, 1)
         own, given = (

@@ -1,10 +1,13 @@
-"""Kill a run of two processes again and again, resume it each time, and compare where it ends with an uninterrupted run.
+"""Kill a run of two processes again and again, resume it each time, and compare where it ends
+with an uninterrupted run.
 
-usage: python tests/kill.py [KILLS [FOLDER]]     (default: 20 kills; about 6 minutes on two cores)
+usage: python tests/kill.py [KILLS [FOLDER]]     (default: 20 kills; about 6 minutes on two
+cores)
 
 Every other kill waits for the moment at which a checkpoint is being written.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -67,17 +70,16 @@ def kill(run: subprocess.Popen) -> None:
     """Kill torchrun and its processes at once."""
     run.send_signal(signal.SIGSTOP)  # so that it cannot react
     for pid in (*workers(run), run.pid):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     run.wait()
 
 
 def wait_for_moment(
     run: subprocess.Popen, folder: Path, seconds: float, while_saving: bool
 ) -> bool:
-    """Wait for some seconds, then perhaps for a checkpoint that is being written. False: the run has ended before."""
+    """Wait for some seconds, then perhaps for a checkpoint that is being written. False: the run
+    has ended before."""
     until = time.time() + seconds
     while run.poll() is None and time.time() < until:
         time.sleep(0.05)
@@ -95,7 +97,8 @@ def wait_for_moment(
 def killed_run(
     folder: Path, kills: int, *options: str, shortest: float = 4.0, longest: float = 14.0
 ) -> int:
-    """Run to the end with so many kills; gives how many struck while a checkpoint was being written."""
+    """Run to the end with so many kills; gives how many struck while a checkpoint was being
+    written."""
     chance, struck = random.Random(0), 0
     for n in range(kills):
         (folder / "checkpoint_new.pt.tmp").unlink(missing_ok=True)  # of the kill before
@@ -128,6 +131,7 @@ if __name__ == "__main__":
     struck = killed_run(folder / "killed", kills, *OPTIONS)
     wrong = differing(folder / "straight", folder / "killed")
     print(
-        f"{kills} kills, {struck} of them while a checkpoint was being written; weights that differ from the uninterrupted run: {len(wrong)}"
+        f"{kills} kills, {struck} of them while a checkpoint was being written; weights "
+        f"that differ from the uninterrupted run: {len(wrong)}"
     )
     sys.exit(bool(wrong))

@@ -1,4 +1,5 @@
-"""Compute the gradients of one step of eight images in this process's share and save them (run with torchrun).
+"""Compute the gradients of one step of eight images in this process's share and save them (run
+with torchrun).
 
 usage: step_worker.py OUTPUT MICRO_BATCH CASE
 """

@@ -34,7 +34,8 @@ LEVELS = dict(
 # %% ../../nbs/runs/25_check.ipynb #records
 @dataclass(eq=False)
 class Records:
-    """What an annotation file says, broken entries included, as flat arrays: I images, A annotations."""
+    """What an annotation file says, broken entries included, as flat arrays: I images, A
+    annotations."""
 
     folder: Path
     path: Path
@@ -226,7 +227,8 @@ class Findings(list):
                     level,
                     what,
                     len(which),
-                    f"{self.records.class_names[which[0]]!r} (id {self.records.category_ids[which[0]]})",
+                    f"{self.records.class_names[which[0]]!r} (id "
+                    f"{self.records.category_ids[which[0]]})",
                     remedy,
                     [],
                 )
@@ -252,7 +254,8 @@ def check_files(found: Findings, files: list[File]) -> None:
         "stop",
         "missing file",
         [f.missing for f in files],
-        f"fetch them, or take them out of the json, or name another folder: {records.folder} holds {on_disk:,} entries",
+        "fetch them, or take them out of the json, or name another folder: "
+        f"{records.folder} holds {on_disk:,} entries",
     )
     found.about_images(
         "stop",
@@ -272,14 +275,16 @@ def check_files(found: Findings, files: list[File]) -> None:
         "harm",
         "file of another size than the json says",
         both & (records.sizes != sizes).any(1),
-        "the boxes belong to another picture: take the pictures that were annotated, or scale the boxes (with width and height exchanged: turn the picture)",
+        "the boxes belong to another picture: take the pictures that were annotated, or "
+        "scale the boxes (with width and height exchanged: turn the picture)",
         lambda i: ": {:g} × {:g} instead of {:g} × {:g}".format(*sizes[i], *records.sizes[i]),
     )
     found.about_images(
         "note",
         "file with a camera's note that it should be shown turned, which is not followed here",
         [f.turned for f in files],
-        "see on the contact sheet whether the boxes fit; if not, save the pictures turned (PIL.ImageOps.exif_transpose)",
+        "see on the contact sheet whether the boxes fit; if not, save the pictures turned "
+        "(PIL.ImageOps.exif_transpose)",
     )
 
 # %% ../../nbs/runs/25_check.ipynb #check-ids
@@ -347,7 +352,8 @@ def like_corners(
     boxes: np.ndarray,  # [A, 4] as in the file
     size: np.ndarray,  # [A, 2] width, height of their images
 ) -> np.ndarray:  # [A] bool
-    """Tell which boxes seem to be written as corners: as such they fit into the image, as left, top, width, height they reach far out of it. If most are, all that fit are."""
+    """Tell which boxes seem to be written as corners: as such they fit into the image, as left,
+    top, width, height they reach far out of it. If most are, all that fit are."""
     fits = (
         (boxes[:, 2:] > boxes[:, :2]).all(1)
         & (boxes[:, :2] >= -1).all(1)
@@ -372,12 +378,13 @@ def check_boxes(found: Findings) -> None:
         np.isnan(boxes).any(1),
         "write [left, top, width, height] in pixels, or take it out",
     )
-    unit = ((0 <= boxes) & (boxes <= 1)).all(1) & (boxes[:, 2:] > 0).any(1)
+    unit = ((boxes >= 0) & (boxes <= 1)).all(1) & (boxes[:, 2:] > 0).any(1)
     found.about_boxes(
         "harm",
         "box that looks like 0..1 instead of pixels",
         unit,
-        "multiply left and width by the image's width, top and height by its height; YOLO's boxes begin with the centre: take half the width and height from it",
+        "multiply left and width by the image's width, top and height by its height; "
+        "YOLO's boxes begin with the centre: take half the width and height from it",
     )
     corners = like_corners(boxes, size)
     found.about_boxes(
@@ -400,7 +407,8 @@ def check_boxes(found: Findings) -> None:
         "harm",
         "box that reaches out of its image by more than a pixel, and is cut",
         outside,
-        "see on the contact sheet whether it belongs to another picture, to one of another size, or begins with its centre",
+        "see on the contact sheet whether it belongs to another picture, to one of another "
+        "size, or begins with its centre",
         lambda a: " of {:g} × {:g}".format(*size[a]),
     )
     same = repeated(
@@ -435,7 +443,8 @@ def check_counts(found: Findings, queries: int) -> None:
         "harm",
         f"image with more boxes than the model has queries ({queries})",
         counts > queries,
-        f"set at least {counts.max(initial=0)} queries, better several times as many: a query finds one object at most",
+        f"set at least {counts.max(initial=0)} queries, better several times as many: a "
+        "query finds one object at most",
         lambda i: f" with {counts[i]}",
     )
     found.about_images(
@@ -493,8 +502,11 @@ class Survey:
         most = f", at most {counts.max()} ({records.files[counts.argmax()]})" if len(counts) else ""
         text = [
             f"{records.path} with {records.folder}",
-            f"{len(records.files):,} images, {len(records.boxes):,} annotations ({records.crowd.sum():,} of them crowds), {len(records.class_names):,} classes",
-            f"boxes per image: {counts.mean() if len(counts) else 0:.1f} on average{most}; the model has {self.queries} queries",
+            f"{len(records.files):,} images, {len(records.boxes):,} annotations "
+            f"({records.crowd.sum():,} of them crowds), {len(records.class_names):,} "
+            "classes",
+            f"boxes per image: {counts.mean() if len(counts) else 0:.1f} on average{most}; "
+            f"the model has {self.queries} queries",
             "",
             *self._class_lines(),
         ]
@@ -521,7 +533,8 @@ def survey(
     annotations: str | Path,  # COCO json
     queries: int,  # of the model, per group
 ) -> Survey:
-    """Look at a data set before training; only a json that cannot be read as COCO's format is refused."""
+    """Look at a data set before training; only a json that cannot be read as COCO's format is
+    refused."""
     folder, path = Path(images), Path(annotations)
     records = read_records(folder, path)
     if not folder.is_dir():
@@ -535,7 +548,8 @@ def survey(
 
 # %% ../../nbs/runs/25_check.ipynb #choose-images
 def choose_images(seen: Survey, count: int) -> dict[int, str]:  # position: what it shows
-    """Choose images for the contact sheet: up to half of them show findings, in turn; the rest is spread over the data set."""
+    """Choose images for the contact sheet: up to half of them show findings, in turn; the rest
+    is spread over the data set."""
     chosen, findings = {}, [f for f in seen.findings if f.images]
     for turn in range(count):
         for f in findings:
@@ -570,7 +584,8 @@ def contact_sheet(
 
 # %% ../../nbs/runs/25_check.ipynb #draw-image
 def draw_image(records: Records, i: int, what: str, ax) -> None:
-    """Draw one image with its boxes: those that training reads in green, the others (crowds, wrong ones) in red."""
+    """Draw one image with its boxes: those that training reads in green, the others (crowds,
+    wrong ones) in red."""
     try:
         image = Image.open(records.folder / records.files[i]).convert("RGB")
     except Exception:

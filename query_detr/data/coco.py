@@ -43,7 +43,8 @@ from .files import map_arrays, write_arrays
 
 # %% ../../nbs/runs/23_coco.ipynb #read-annotations
 def read_annotations(path: Path) -> dict:
-    """Read a COCO json, without the outlines of objects, and check that it has the lists and fields that detection needs."""
+    """Read a COCO json, without the outlines of objects, and check that it has the lists and
+    fields that detection needs."""
 
     def without_outline(entry):
         entry.pop("segmentation", None)  # nine tenths of COCO's file
@@ -57,7 +58,8 @@ def read_annotations(path: Path) -> dict:
         ) from None
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}): it should be a file with annotations in COCO's format"
+            f"{path} cannot be read ({error.strerror}): it should be a file with "
+            "annotations in COCO's format"
         ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(
@@ -71,7 +73,8 @@ def read_annotations(path: Path) -> dict:
     for part, fields in wanted.items():
         if not isinstance(content, dict) or not isinstance(content.get(part), list):
             raise InputError(
-                f"{path} has no list '{part}', so it is not a COCO annotation file: it needs the lists {', '.join(wanted)}"
+                f"{path} has no list '{part}', so it is not a COCO annotation file: it "
+                f"needs the lists {', '.join(wanted)}"
             )
         for i, entry in enumerate(content[part]):
             missing = [f for f in fields if not isinstance(entry, dict) or f not in entry]
@@ -83,7 +86,8 @@ def read_annotations(path: Path) -> dict:
 
 # %% ../../nbs/runs/23_coco.ipynb #is-box
 def is_whole(value, least: int = -(2**53)) -> bool:
-    """Tell whether what stands in a file is a whole number, and one that COCO's tables (float64) hold exactly."""
+    """Tell whether what stands in a file is a whole number, and one that COCO's tables (float64)
+    hold exactly."""
     return type(value) is int and least <= value <= 2**53
 
 
@@ -124,7 +128,8 @@ def flat_categories(categories: list[dict], path: Path) -> dict[str, np.ndarray]
     for c in categories:
         if not isinstance(c["name"], str):
             raise InputError(
-                f"{path}: category {c['id']} has the name {shortened(c['name'])}, which is no text: put it in quotation marks"
+                f"{path}: category {c['id']} has the name {shortened(c['name'])}, which is "
+                "no text: put it in quotation marks"
             )
     return dict(
         category_ids=np.array(ids, dtype=np.int64),
@@ -145,11 +150,13 @@ def flat_images(images: list[dict], path: Path) -> dict[str, np.ndarray]:
         name = shortened(i["file_name"])
         if not isinstance(i["file_name"], str):
             raise InputError(
-                f"{path}: image {i['id']} has the file name {name}, which is no text: put it in quotation marks"
+                f"{path}: image {i['id']} has the file name {name}, which is no text: put "
+                "it in quotation marks"
             )
         if not (is_number(i["width"], 1) and is_number(i["height"], 1)):
             raise InputError(
-                f"{path}: image {i['id']} has no width and height above 0: write the size of {name} in pixels into the json"
+                f"{path}: image {i['id']} has no width and height above 0: write the size "
+                f"of {name} in pixels into the json"
             )
     ids = [i["id"] for i in images]
     if len(set(ids)) < len(ids):
@@ -173,21 +180,26 @@ def flat_boxes(
     for a in annotations:
         if not is_whole(a["category_id"]) or a["category_id"] not in label:
             raise InputError(
-                f"{path}: annotation {shortened(a.get('id'))} has category_id {shortened(a['category_id'])}, which 'categories' does not list: add it there"
+                f"{path}: annotation {shortened(a.get('id'))} has category_id "
+                f"{shortened(a['category_id'])}, which 'categories' does not list: add it "
+                "there"
             )
         if a.get("iscrowd") not in (None, 0, 1):
             raise InputError(
-                f"{path}: annotation {shortened(a.get('id'))} has iscrowd {shortened(a['iscrowd'])}: write 0, or 1 for a crowd"
+                f"{path}: annotation {shortened(a.get('id'))} has iscrowd "
+                f"{shortened(a['iscrowd'])}: write 0, or 1 for a crowd"
             )
     listed = [a for a in annotations if is_whole(a["image_id"]) and a["image_id"] in place]
     if annotations and not listed:
         raise InputError(
-            f"{path}: no annotation has the image_id of an image that 'images' lists (1 and \"1\" are different): number both alike"
+            f"{path}: no annotation has the image_id of an image that 'images' lists (1 "
+            'and "1" are different): number both alike'
         )
     sized = sorted((a for a in listed if is_box(a["bbox"])), key=lambda a: place[a["image_id"]])
     if listed and not sized:
         raise InputError(
-            f"{path}: all {len(listed)} boxes have no width or no height: boxes are [left, top, width, height] in pixels"
+            f"{path}: all {len(listed)} boxes have no width or no height: boxes are [left, "
+            "top, width, height] in pixels"
         )
     boxes = np.array([a["bbox"] for a in sized], dtype=np.float64).reshape(
         -1, 4
@@ -231,7 +243,8 @@ def place_of_arrays(
     path: Path,  # annotation file
     cache: Path | None,  # folder; None: the default one, and no small files
 ) -> Path | None:  # None: nowhere
-    """Name the file that keeps the arrays of an annotation file, after its content: copies share one, and a changed file gets another."""
+    """Name the file that keeps the arrays of an annotation file, after its content: copies share
+    one, and a changed file gets another."""
     named = os.environ.get("QUERY_DETR_CACHE")
     try:
         if cache is None and (named == "" or path.stat().st_size < WORTH_KEEPING):
@@ -249,7 +262,8 @@ def place_of_arrays(
 def load_arrays(
     path: Path, cache: Path | None
 ) -> tuple[dict[str, np.ndarray], Path | None]:  # and the file that they are mapped from
-    """Map the arrays of an annotation file, which are made when it is opened first; where they cannot be kept they stay in memory."""
+    """Map the arrays of an annotation file, which are made when it is opened first; where they
+    cannot be kept they stay in memory."""
     kept = place_of_arrays(path, cache)
     if kept and (arrays := map_arrays(kept)):
         return arrays, kept
@@ -264,7 +278,8 @@ def load_arrays(
         return (mapped, kept) if mapped else (arrays, None)
     except OSError as error:
         warnings.warn(
-            f"{kept.parent} cannot keep what was read from {path} ({error.strerror}), so every process reads it anew: name a folder with $QUERY_DETR_CACHE"
+            f"{kept.parent} cannot keep what was read from {path} ({error.strerror}), so "
+            "every process reads it anew: name a folder with $QUERY_DETR_CACHE"
         )
         return arrays, None
 
@@ -279,7 +294,9 @@ class CocoDetection:
         limit: int | None = None,  # keep only the first images, in the order of their ids
         cache: str
         | Path
-        | None = None,  # folder that keeps the arrays; default: $QUERY_DETR_CACHE ("": none), else ~/.cache/query_detr, and no small files
+        # folder that keeps the arrays; default: $QUERY_DETR_CACHE ("": none), else
+        # ~/.cache/query_detr, and no small files
+        | None = None,
     ):
         self.folder, self.path, self.limit, self.cache = (
             Path(images),
@@ -295,11 +312,13 @@ class CocoDetection:
         annotations, listed, sized = self.counted.tolist()
         if sized < listed:
             warnings.warn(
-                f"{self.path}: {listed - sized} of {listed} boxes have no width or no height and are left out"
+                f"{self.path}: {listed - sized} of {listed} boxes have no width or no "
+                "height and are left out"
             )
         if listed < annotations:
             warnings.warn(
-                f"{self.path}: {annotations - listed} of {annotations} annotations belong to images that it does not list and are left out"
+                f"{self.path}: {annotations - listed} of {annotations} annotations belong "
+                "to images that it does not list and are left out"
             )
 
     def _take(self, arrays, kept):
@@ -317,7 +336,7 @@ class CocoDetection:
         self.files, self.file_ends = arrays["files"], arrays["files_ends"][: len(self) + 1]
         names, ends = arrays["class_names"].tobytes(), arrays["class_names_ends"].tolist()
         self.class_names = tuple(
-            names[a:b].decode("utf-8", "surrogatepass") for a, b in zip(ends, ends[1:])
+            names[a:b].decode("utf-8", "surrogatepass") for a, b in itertools.pairwise(ends)
         )
         self.category_ids = tuple(
             arrays["category_ids"].tolist()
@@ -349,13 +368,16 @@ class CocoDetection:
         )
 
     def open(self, i: int) -> Image.Image:
-        """Read image `i` and turn it into RGB; as in other readers of COCO, a camera's note that it should be shown turned is not followed, since boxes are measured on the pixels as stored."""
+        """Read image `i` and turn it into RGB; as in other readers of COCO, a camera's note that
+        it should be shown turned is not followed, since boxes are measured on the pixels as
+        stored."""
         path = self.folder / self.file_name(i)
         try:
             return Image.open(path).convert("RGB")
         except FileNotFoundError:
             raise InputError(
-                f"{path} is named in {self.path} but is not on disk: fetch it, or take it out of the json"
+                f"{path} is named in {self.path} but is not on disk: fetch it, or take it "
+                "out of the json"
             ) from None
         except Exception as error:
             raise InputError(
@@ -363,7 +385,8 @@ class CocoDetection:
             ) from None  # decoders raise whatever they like
 
     def __getitem__(self, i: int) -> tuple[Image.Image, Tensor, Tensor]:
-        """Give image, boxes [T, 4] (xyxy, pixels, cut at the border) and labels [T] of image `i`, crowds left out."""
+        """Give image, boxes [T, 4] (xyxy, pixels, cut at the border) and labels [T] of image
+        `i`, crowds left out."""
         image, here = self.open(i), slice(self.starts[i], self.starts[i + 1])
         single = ~self.crowd[here]
         boxes = torch.from_numpy(self.boxes[here][single]).float()
@@ -417,7 +440,9 @@ def coco_split(
     for path in (folder, folder / split, annotations):
         if not path.exists():
             raise InputError(
-                f"{path} does not exist. Expected is COCO's layout (name its folder with --coco, or fetch it: python -m query_detr.data.coco download {folder}):\n{LAYOUT.format(folder=folder)}"
+                f"{path} does not exist. Expected is COCO's layout (name its folder with "
+                "--coco, or fetch it: python -m query_detr.data.coco download "
+                f"{folder}):\n{LAYOUT.format(folder=folder)}"
             )
     return CocoDetection(folder / split, annotations, limit)
 
@@ -429,7 +454,8 @@ def resized(
     longest: int
     | None = None,  # limit of the longer side; rounding can exceed it by a pixel, as in DETR
 ) -> tuple[int, int]:  # height, width
-    """Compute the size that DETR resizes to: the shorter side as asked unless the longer one would get too long."""
+    """Compute the size that DETR resizes to: the shorter side as asked unless the longer one
+    would get too long."""
     low, high = min(height, width), max(height, width)
     if longest and high / low * short > longest:
         short = round(longest * low / high)
@@ -532,7 +558,8 @@ def train_transform(
 
 # %% ../../nbs/runs/23_coco.ipynb #transformed
 class Transformed:
-    """A data set seen through a transform whose randomness depends on (seed, epoch, image) alone."""
+    """A data set seen through a transform whose randomness depends on (seed, epoch, image)
+    alone."""
 
     def __init__(
         self,
@@ -540,7 +567,9 @@ class Transformed:
         transform: v2.Transform,
         seed: int = 0,
         epoch: int = 0,
-        on_bad: str = "stop",  # an image that cannot be read raises InputError; skip: the next one takes its place (not for evaluation, which would count that one twice)
+        # an image that cannot be read raises InputError; skip: the next one takes its place (not
+        # for evaluation, which would count that one twice)
+        on_bad: str = "stop",
     ):
         if on_bad not in ("stop", "skip"):
             raise InputError(
@@ -557,7 +586,8 @@ class Transformed:
         return len(self.dataset)
 
     def width(self, i: int) -> int:
-        """Tell how many pixels wide image `i` will be, without reading it: what happens to it depends on (seed, epoch, image) alone."""
+        """Tell how many pixels wide image `i` will be, without reading it: what happens to it
+        depends on (seed, epoch, image) alone."""
         nothing = tv_tensors.BoundingBoxes(
             torch.zeros(0, 4), format="XYXY", canvas_size=tuple(map(int, self.dataset.sizes[i]))
         )
@@ -643,14 +673,16 @@ def check_space(
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
-            f"{what} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free: make room, or choose a folder on another disk"
+            f"{what} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB "
+            "free: make room, or choose a folder on another disk"
         )
 
 
 def open_address(
     address: str,
     start: int = 0,  # first byte that is wanted
-    version: str = "",  # that the bytes before it belong to: if the server has another by now, it sends the whole file
+    # that the bytes before it belong to: if the server has another by now, it sends the whole file
+    version: str = "",
 ):
     """Ask a server for a file, or the rest of one; None if it has no such rest."""
     if not address.startswith(("http://", "https://")):
@@ -670,15 +702,18 @@ def open_address(
         if start and error.code == 416:
             return None
         raise InputError(
-            f"{address}: the server answers {error.code} {error.reason}. Check the address, or try again later"
+            f"{address}: the server answers {error.code} {error.reason}. Check the "
+            "address, or try again later"
         ) from None
     except (OSError, HTTPException, ValueError) as error:
         raise InputError(
-            f"{address} cannot be reached ({getattr(error, 'reason', error)}): check the address and the connection"
+            f"{address} cannot be reached ({getattr(error, 'reason', error)}): check the "
+            "address and the connection"
         ) from None
     if response.headers.get_content_type() == "text/html":
         raise InputError(
-            f"{address} answers with a web page instead of a file: open it in a browser to see what it says"
+            f"{address} answers with a web page instead of a file: open it in a browser to "
+            "see what it says"
         )
     if response.status == 206 and not response.headers.get("Content-Range", "").startswith(
         f"bytes {start}-"
@@ -690,7 +725,8 @@ def open_address(
 def length_and_version(
     response,
 ) -> tuple[int | None, str]:  # bytes of the whole file; None and "": the server does not say
-    """Read from a server's answer, which may send a part only, how long the whole file is and which version."""
+    """Read from a server's answer, which may send a part only, how long the whole file is and
+    which version."""
     headers = response.headers
     length = (
         headers.get("Content-Range", "").rpartition("/")[2]
@@ -720,7 +756,8 @@ def receive(
         except (OSError, HTTPException) as error:
             known = f" of {total:,}" if total else ""
             raise InputError(
-                f"the download of {response.url} broke off after {bar.n:,} bytes{known} ({error}): running it again continues it"
+                f"the download of {response.url} broke off after {bar.n:,} bytes{known} "
+                f"({error}): running it again continues it"
             ) from None
 
 # %% ../../nbs/runs/23_coco.ipynb #complete
@@ -742,14 +779,16 @@ def complete(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"{part} is being written by another process, which downloads the same file: wait for it"
+                f"{part} is being written by another process, which downloads the same "
+                "file: wait for it"
             ) from None
         if response.status != 206:
             start = file.truncate(0)
         total, version = length_and_version(response)
         if None not in (size, total) and size != total:
             raise InputError(
-                f"{address} has {total:,} bytes instead of {size:,}: it is another file, check the address"
+                f"{address} has {total:,} bytes instead of {size:,}: it is another file, "
+                "check the address"
             )
         check_space(
             part.parent,
@@ -799,7 +838,8 @@ class Archive:
     gives: tuple[str, ...]  # files and folders that we take, in COCO's layout
 
 
-SOURCE = "http://images.cocodataset.org"  # not https, where its certificate carries another name; the checksums vouch for the files
+# not https, where its certificate carries another name; the checksums vouch for the files
+SOURCE = "http://images.cocodataset.org"
 ARCHIVES = dict(
     val=Archive(
         "zips/val2017.zip",
@@ -845,12 +885,14 @@ def unpack(
                 packed.extract(entry, beside)
     except (BadZipFile, OSError, zlib.error) as error:
         raise InputError(
-            f"{archive} could not be unpacked ({error}): if it is damaged, delete it; then run it again"
+            f"{archive} could not be unpacked ({error}): if it is damaged, delete it; then "
+            "run it again"
         ) from None
     for name in gives:
         if not (beside / name).exists():
             raise InputError(
-                f"{archive} contains no {name}, so it is not COCO's: move it away and check the address"
+                f"{archive} contains no {name}, so it is not COCO's: move it away and "
+                "check the address"
             )
     os.sync()
     for name in gives:
@@ -862,11 +904,12 @@ def unpack(
 
 def is_there(path: Path) -> bool:
     """Tell whether there is a file, or a folder with something in it."""
-    return path.is_file() or path.is_dir() and any(path.iterdir())
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 # %% ../../nbs/runs/23_coco.ipynb #download
 def space_needed(folder: Path, archives: list[Archive], keep: bool) -> int:  # bytes
-    """Work out how full the disk gets while archives are downloaded and unpacked one after the other."""
+    """Work out how full the disk gets while archives are downloaded and unpacked one after the
+    other."""
     needed = before = 0
     for archive in archives:
         needed = max(needed, before + archive.size + archive.unpacked)
@@ -884,12 +927,14 @@ def download(
     unchecked: bool = False,  # accept archives that are not the official ones
     keep: bool = False,  # keep the archives after unpacking
 ) -> None:
-    """Download and unpack COCO 2017, except what is there already; interrupted, it continues when run again."""
+    """Download and unpack COCO 2017, except what is there already; interrupted, it continues
+    when run again."""
     folder, names = Path(folder), [name.strip() for name in what.split(",")]
     for name in names:
         if name not in ARCHIVES:
             raise InputError(
-                f"COCO 2017 has no archive called {name!r}: choose from {', '.join(ARCHIVES)}, separated by commas"
+                f"COCO 2017 has no archive called {name!r}: choose from "
+                f"{', '.join(ARCHIVES)}, separated by commas"
             )
     wanted = [
         name for name in names if not all(is_there(folder / path) for path in ARCHIVES[name].gives)
@@ -953,7 +998,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def command_line(arguments: list[str] | None = None) -> int:  # exit status
-    """Run `download` with command-line arguments; an error of the user's is told in a line or two, with exit status 2."""
+    """Run `download` with command-line arguments; an error of the user's is told in a line or
+    two, with exit status 2."""
     options = vars(make_parser().parse_args(arguments))
     options.pop("command")
     try:

@@ -19,9 +19,11 @@ import numpy as np
 @contextmanager
 def whole_file(
     path: str | Path,
-    shared: bool = False,  # several processes may write this file at once: each under a temporary name of its own
+    # several processes may write this file at once: each under a temporary name of its own
+    shared: bool = False,
 ):
-    """Open a temporary file for writing bytes; when all is written, flush it and give it its name, so that a file of this name is always whole."""
+    """Open a temporary file for writing bytes; when all is written, flush it and give it its
+    name, so that a file of this name is always whole."""
     path = Path(path)
     temporary = path.with_name(
         f"{path.name}.{secrets.token_hex(8)}.tmp" if shared else f"{path.name}.tmp"
@@ -53,7 +55,8 @@ def map_arrays(
     path: str | Path,
     check: bool = True,  # compare with the checksum, which reads the whole file
 ) -> dict[str, np.ndarray] | None:  # read-only; None: no such file, or a damaged one
-    """Map the arrays of a file into memory, where the system reads what is touched, once for all processes."""
+    """Map the arrays of a file into memory, where the system reads what is touched, once for all
+    processes."""
     try:
         content = np.memmap(path, np.uint8, "r")
         if check and hashlib.sha256(content[:-32]).digest() != content[-32:].tobytes():

@@ -28,7 +28,8 @@ def shape_mask(
     height: int,  # pixels
     width: int,  # pixels
 ) -> np.ndarray:  # [height, width] bool
-    """Rasterise a shape that fills its box, with integer arithmetic only, so that every machine draws the same pixels."""
+    """Rasterise a shape that fills its box, with integer arithmetic only, so that every machine
+    draws the same pixels."""
     y, x = 2 * np.arange(height)[:, None] - height + 1, 2 * np.arange(width) - width + 1
     circle = (x * height) ** 2 + (y * width) ** 2
     full = (height * width) ** 2
@@ -164,7 +165,8 @@ def draw_scene(
     index: int,
     most: int = 4,  # objects, crowds not counted
 ) -> Scene:
-    """Draw scene `index` of the series `seed`: the same pixels on every machine, whatever was drawn before."""
+    """Draw scene `index` of the series `seed`: the same pixels on every machine, whatever was
+    drawn before."""
     rng = np.random.default_rng([seed, index])
     canvas = _Canvas(rng)
     if rng.integers(100) < 8:
@@ -184,7 +186,8 @@ def fingerprint(scenes) -> str:
 
 # %% ../../nbs/runs/21_shapes.ipynb #dataset
 class ShapesDataset:
-    """Drawn scenes: a detection data set without a download. Image `i` depends on the seed and `i` alone."""
+    """Drawn scenes: a detection data set without a download. Image `i` depends on the seed and
+    `i` alone."""
 
     class_names = CLASSES
     category_ids = tuple(range(1, len(CLASSES) + 1))
@@ -220,7 +223,8 @@ class ShapesDataset:
         return self._drawn[i]
 
     def __getitem__(self, i: int) -> tuple[Image.Image, Tensor, Tensor]:
-        """Give picture, boxes [T, 4] (xyxy, pixels) and labels [T] of scene `i`, crowds left out."""
+        """Give picture, boxes [T, 4] (xyxy, pixels) and labels [T] of scene `i`, crowds left
+        out."""
         scene = self.scene(i)
         single = ~scene.crowd
         return (

@@ -15,6 +15,7 @@ import json
 import resource
 import sys
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Callable
 from unittest.mock import patch
 
 import numpy as np
@@ -55,7 +55,8 @@ from query_detr.use.interop import (
 # %% ../../nbs/workshop/51_bench.ipynb #workload
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: a step of a recipe on made-up images, by default at the size of a COCO image, from the backbone's features on."""
+    """What is timed: a step of a recipe on made-up images, by default at the size of a COCO
+    image, from the backbone's features on."""
 
     recipe: str = "group_detr_12ep"
     queries: int | None = None  # of one group; None here and below: as the recipe says
@@ -95,7 +96,11 @@ class Workload:
         how = f"{self.amp or 'fp32'}{', compiled' if self.compile else ''}, " + (
             f"{self.threads} threads" if self.device == "cpu" else torch.cuda.get_device_name()
         )
-        return f"{self.recipe}: {model.groups} × {model.queries} queries, batch {self.batch} of {size}, {self.boxes} boxes per image, dropout {model.dropout:g}, {how}"
+        return (
+            f"{self.recipe}: {model.groups} × {model.queries} queries, batch "
+            f"{self.batch} of {size}, {self.boxes} boxes per image, dropout "
+            f"{model.dropout:g}, {how}"
+        )
 
 # %% ../../nbs/workshop/51_bench.ipynb #made-up
 def made_up_batch(workload: Workload, classes: int) -> Batch:
@@ -128,7 +133,8 @@ def made_up_batch(workload: Workload, classes: int) -> Batch:
 
 # %% ../../nbs/workshop/51_bench.ipynb #stopwatch
 class Stopwatch:
-    """Seconds between laps. On a GPU, events are left in its queue and read at the end, so that measuring stops nothing."""
+    """Seconds between laps. On a GPU, events are left in its queue and read at the end, so that
+    measuring stops nothing."""
 
     def __init__(self, device: str = "cpu"):
         self.on_gpu, self.marks = device != "cpu", []
@@ -256,7 +262,8 @@ def matmul_rate(
     seconds: float = 0.3,  # how long to go on
     multiply: Callable = torch.matmul,
 ) -> float:  # operations per second
-    """Measure how fast this machine multiplies matrices; as everywhere, a multiplication and an addition count as two."""
+    """Measure how fast this machine multiplies matrices; as everywhere, a multiplication and an
+    addition count as two."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     multiply(a, b), wait()
@@ -269,7 +276,8 @@ def matmul_rate(
 
 # %% ../../nbs/workshop/51_bench.ipynb #counter
 class OperatorCounter(TorchDispatchMode):
-    """Counts which of torch's operators run, and the floating-point operations of multiplications, convolutions and attention."""
+    """Counts which of torch's operators run, and the floating-point operations of
+    multiplications, convolutions and attention."""
 
     def __init__(self):
         super().__init__()
@@ -372,7 +380,8 @@ def measure(
 
 # %% ../../nbs/workshop/51_bench.ipynb #table
 def share_of_rate(found: dict, kind: str) -> float:
-    """Give the operations per second of a step or an inference as a share of the fastest that the machine multiplies in its precision."""
+    """Give the operations per second of a step or an inference as a share of the fastest that
+    the machine multiplies in its precision."""
     fastest = max(
         rate
         for name, rate in found["rate"].items()
@@ -392,11 +401,14 @@ def table(found: dict) -> str:
         total = found[kind][kind]["median"]
         lines += ["", f"{kind:12} {'seconds':>8}   {'from – to':15}   share"]
         lines += [
-            f"{part:12} {s['median']:8.4f}   {s['least']:.4f} – {s['most']:.4f}   {s['median'] / total:5.0%}"
+            f"{part:12} {s['median']:8.4f}   {s['least']:.4f} – {s['most']:.4f}   "
+            f"{s['median'] / total:5.0%}"
             for part, s in found[kind].items()
         ]
         lines.append(
-            f"{found['operations'][kind] / 1e12:.3f} TFLOP, {found['operations'][kind] / total / 1e12:.3f} TFLOP/s, {share_of_rate(found, kind):.0%} of the machine's rate"
+            f"{found['operations'][kind] / 1e12:.3f} TFLOP, "
+            f"{found['operations'][kind] / total / 1e12:.3f} TFLOP/s, "
+            f"{share_of_rate(found, kind):.0%} of the machine's rate"
         )
     if found["peak_memory"]:
         lines += ["", f"peak memory of training {found['peak_memory'] / 1e9:.2f} GB"]
@@ -409,7 +421,8 @@ def plain_match(
     targets: Targets,  # of B images, not repeated
     weights: TermWeights = TermWeights(),
 ) -> Assignment:  # to repeated targets, as `match` gives it
-    """Match as one would write it first: layer by layer, all queries of the batch with all objects of the batch in one table, solved block by block."""
+    """Match as one would write it first: layer by layer, all queries of the batch with all
+    objects of the batch in one table, solved block by block."""
     groups, found = logits.shape[1] // len(targets.counts), []
     owns = [own for own in targets.slices for _ in range(groups)]
     starts = repeat_targets(targets, groups).slices
@@ -487,7 +500,8 @@ def measure_matching(
             )
         )
     return dict(
-        what=f"matching, {model.decoder_layers} layers, batch {workload.batch}, {model.groups} × {model.queries} queries",
+        what=f"matching, {model.decoder_layers} layers, batch {workload.batch}, "
+        f"{model.groups} × {model.queries} queries",
         rows=rows,
         rate=dict(fp32=matmul_rate(device=workload.device)),
     )
@@ -503,7 +517,8 @@ def table_matching(found: dict) -> str:
     for row in found["rows"]:
         plain, ours = row["plain"]["median"], row["ours"]["median"]
         lines.append(
-            f"{row['boxes']:15} {1000 * plain:11.1f} {1000 * ours:11.1f} {plain / ours:7.2f}   {'yes' if row['same'] else 'NO'}"
+            f"{row['boxes']:15} {1000 * plain:11.1f} {1000 * ours:11.1f} "
+            f"{plain / ours:7.2f}   {'yes' if row['same'] else 'NO'}"
         )
     return "\n".join(lines)
 
@@ -570,7 +585,8 @@ def table_growth(found: dict) -> str:
     for size, s, peak in zip(found["sizes"], found["seconds"], found["peaks"]):
         held = f"{peak / 1e9:.2f} GB" if peak else "not measured"
         lines.append(
-            f"{size:16,} {s:9.3f}   {size / found['sizes'][0]:13.1f}  {s / found['seconds'][0]:13.1f}   {held}"
+            f"{size:16,} {s:9.3f}   {size / found['sizes'][0]:13.1f}  "
+            f"{s / found['seconds'][0]:13.1f}   {held}"
         )
     s, b = found["fit"]["seconds"], found["fit"]["bytes"]
     lines.append(f"fit: {s['constant']:.3f} s + {1000 * s['per_unit']:.3f} s per thousand {unit}")
@@ -601,7 +617,8 @@ class Twin:
         check_exportable(config)
         if config.groups > 1 or config.denoising.sets:
             raise InputError(
-                f"{subject.workload.recipe}: transformers trains neither groups nor noise, add --groups 1 or choose conditional_detr_50ep or dab_detr_50ep"
+                f"{subject.workload.recipe}: transformers trains neither groups nor noise, "
+                "add --groups 1 or choose conditional_detr_50ep or dab_detr_50ep"
             )
         self.subject, points = subject, config.reference == "point"
         kind = (
@@ -669,7 +686,8 @@ def outputs_differ(subject: Subject, twin: Twin) -> float:
 
 # %% ../../nbs/workshop/51_bench.ipynb #measure-against
 def measure_against(workload: Workload, repeat: int = 5) -> dict:
-    """Time steps and inferences of this project and of transformers in turns, with the same weights, inputs and dropout."""
+    """Time steps and inferences of this project and of transformers in turns, with the same
+    weights, inputs and dropout."""
     subject = Subject(workload)
     twin = Twin(subject)
     differ = outputs_differ(subject, twin)
@@ -697,12 +715,15 @@ def table_against(found: dict) -> str:
     """Write what `measure_against` found."""
     lines = [
         found["what"],
-        f"matrix multiplication fp32 {found['rate']['fp32'] / 1e12:.3f} TFLOP/s; outputs differ by at most {found['outputs_differ']:.1e}",
+        f"matrix multiplication fp32 {found['rate']['fp32'] / 1e12:.3f} TFLOP/s; outputs "
+        f"differ by at most {found['outputs_differ']:.1e}",
     ]
     for kind in ("step", "inference"):
         a, b = (found[kind][who] for who in ("ours", "theirs"))
         lines.append(
-            f"{kind:10} ours {a['median']:.3f} s ({a['least']:.3f} – {a['most']:.3f})   transformers {b['median']:.3f} s ({b['least']:.3f} – {b['most']:.3f})   {found[kind]['ratio']:.2f} times faster"
+            f"{kind:10} ours {a['median']:.3f} s ({a['least']:.3f} – {a['most']:.3f})   "
+            f"transformers {b['median']:.3f} s ({b['least']:.3f} – {b['most']:.3f})   "
+            f"{found[kind]['ratio']:.2f} times faster"
         )
     return "\n".join(lines)
 
@@ -711,7 +732,8 @@ WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize
 
 
 def profile_step(workload: Workload) -> dict:
-    """Profile one training step: the ten operators that take longest, and on a GPU how often the processor waits for it."""
+    """Profile one training step: the ten operators that take longest, and on a GPU how often the
+    processor waits for it."""
     subject = Subject(workload)
     for _ in range(2):
         subject.step()
@@ -731,7 +753,10 @@ def profile_step(workload: Workload) -> dict:
 def table_profile(found: dict) -> str:
     """Write what `profile_step` found."""
     waits = ", ".join(f"{name} {count}" for name, count in found["waits"].items()) or "none"
-    return f"{found['what']}\nwaits for the GPU (the last one, cudaDeviceSynchronize, is the measurement's own): {waits}\n{found['top']}"
+    return (
+        f"{found['what']}\nwaits for the GPU (the last one, cudaDeviceSynchronize, is "
+        f"the measurement's own): {waits}\n{found['top']}"
+    )
 
 # %% ../../nbs/workshop/51_bench.ipynb #pair
 def pair(text: str) -> tuple[int, int]:
@@ -764,7 +789,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=pair,
         default=(25, 34),
         metavar="HxW",
-        help="feature map that stands in for the backbone (default: 25x34, of an image of 800x1088)",
+        help="feature map that stands in for the backbone (default: 25x34, of an image of "
+        "800x1088)",
     )
     parser.add_argument(
         "--image", type=pair, metavar="HxW", help="images of this size through the backbone instead"
@@ -795,7 +821,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="the ten operators that take longest; on a GPU also how often the processor waits for it",
+        help="the ten operators that take longest; on a GPU also how often the processor "
+        "waits for it",
     )
     parser.add_argument("--output", metavar="FILE.json", help="write the numbers there too")
     return parser
@@ -807,7 +834,8 @@ def choose_measurement(
     """Give what measures and what writes it down."""
     if sum(map(bool, (against, growth, matching, profile))) > 1:
         raise InputError(
-            "--against, --growth, --matching and --profile measure different things: choose one of them"
+            "--against, --growth, --matching and --profile measure different things: "
+            "choose one of them"
         )
     if against:
         return partial(measure_against, repeat=repeat), table_against
@@ -828,7 +856,8 @@ def main(
     device=None,
     **workload,
 ) -> dict:
-    """Time a recipe's training step and inference on made-up images, or compare, and print a table."""
+    """Time a recipe's training step and inference on made-up images, or compare, and print a
+    table."""
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no GPU can be used here; leave it out")
     for name in ("batch", "boxes", "threads"):
@@ -848,7 +877,8 @@ def main(
 
 # %% ../../nbs/workshop/51_bench.ipynb #command-line
 def command_line(arguments: list[str] | None = None) -> int:  # exit status
-    """Run `main` with command-line arguments; an error of the user's is told in a line, with exit status 2."""
+    """Run `main` with command-line arguments; an error of the user's is told in a line, with
+    exit status 2."""
     return exit_status(main, vars(make_parser().parse_args(arguments)))
 
 # %% ../../nbs/workshop/51_bench.ipynb #guard

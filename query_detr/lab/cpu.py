@@ -11,9 +11,10 @@ __all__ = ['MIN_MULTIPLICATIONS', 'PIECE_WEIGHTS', 'MALLOC_SETTINGS', 'KERNELS',
 # %% ../../nbs/workshop/50_cpu.ipynb #imports
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -314,7 +315,8 @@ def _dropout_use(model: nn.Module, sizes: Sizes) -> Use:
 def _attention_use(
     name: str, modules: list[nn.Module], module: nn.Module, sizes: tuple[int, ...]
 ) -> Use:
-    """An attention whose arguments are [images, queries or keys, width] for (images, Q, S, d, e)."""
+    """An attention whose arguments are [images, queries or keys, width] for (images, Q, S, d,
+    e)."""
     images, queries, keys, key_width, value_width = sizes
     heads = getattr(module, "heads", None) or module.num_heads
     queries = max(1, min(queries, SLICE_WEIGHTS // (heads * keys)))

@@ -16,11 +16,11 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean, median
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -152,7 +152,8 @@ def variant_named(name: str) -> Variant:
 
 # %% ../../nbs/workshop/52_experiments.ipynb #open-data
 def open_data(recipe: Recipe, folder: str | None):
-    """Open the training and the validation set of a variant: drawn scenes, or the pictures of a folder."""
+    """Open the training and the validation set of a variant: drawn scenes, or the pictures of a
+    folder."""
     if recipe.data == "shapes":
         return ShapesDataset(TRAIN_SCENES, seed=1, most=recipe.scene_objects), ShapesDataset(
             VAL_SCENES, seed=0
@@ -193,7 +194,8 @@ def train(
 
 # %% ../../nbs/workshop/52_experiments.ipynb #curve-of
 def curve_of(records: list[dict], batch_size: int) -> list[dict]:
-    """Take the evaluations of a run, each with the seconds that its training steps took until then."""
+    """Take the evaluations of a run, each with the seconds that its training steps took until
+    then."""
     curve, seconds, last = [], 0.0, 0
     for r in records:
         if "images_per_second" in r:
@@ -210,7 +212,8 @@ def curve_of(records: list[dict], batch_size: int) -> list[dict]:
 
 # %% ../../nbs/workshop/52_experiments.ipynb #instability-of
 def instability_of(records: list[dict]) -> list[dict]:
-    """Take the matching instability of a run, epoch by epoch: share of all queries, and of those that were or are matched."""
+    """Take the matching instability of a run, epoch by epoch: share of all queries, and of those
+    that were or are matched."""
     return [
         dict(
             epoch=r["epoch"],
@@ -326,7 +329,8 @@ def check_settings(stored: dict, recipe: Recipe, path: Path) -> None:
     ]
     if differing:
         raise InputError(
-            f"{path} is of other settings ({', '.join(differing[:4])}): move it away, or choose another --results"
+            f"{path} is of other settings ({', '.join(differing[:4])}): move it away, or "
+            "choose another --results"
         )
 
 # %% ../../nbs/workshop/52_experiments.ipynb #run-one
@@ -354,7 +358,8 @@ def run_one(
 
 # %% ../../nbs/workshop/52_experiments.ipynb #timed-steps
 def timed_steps(recipe: Recipe, steps: int, pictures: str | None = None) -> Iterator[float]:
-    """Take optimisation steps of a variant and give the seconds of each, without the drawing of its scenes."""
+    """Take optimisation steps of a variant and give the seconds of each, without the drawing of
+    its scenes."""
     train_set, _ = open_data(recipe, pictures)
     images = Transformed(
         train_set,
@@ -385,7 +390,8 @@ def timed_steps(recipe: Recipe, steps: int, pictures: str | None = None) -> Iter
 
 # %% ../../nbs/workshop/52_experiments.ipynb #measure-costs
 def measure_costs(names: list[str], results: Path, steps: int = 40, unused: int = 5) -> dict:
-    """Time steps of several variants in turn, so that whatever else the machine does slows all of them alike."""
+    """Time steps of several variants in turn, so that whatever else the machine does slows all
+    of them alike."""
     rows = np.array(
         list(zip(*(timed_steps(variant_named(name).recipe, steps + unused) for name in names)))
     )[unused:]
@@ -419,13 +425,15 @@ def read_results(
     found = {name: runs for name, runs in found.items() if runs}
     if not found:
         raise InputError(
-            f"{folder} holds no results of {', '.join(names)}: python -m query_detr.lab.experiments --only {' '.join(names)} makes them"
+            f"{folder} holds no results of {', '.join(names)}: python -m "
+            f"query_detr.lab.experiments --only {' '.join(names)} makes them"
         )
     return found
 
 # %% ../../nbs/workshop/52_experiments.ipynb #ap-at
 def ap_at(run: dict, share: float) -> float:
-    """Give the AP that a run had after a share of its budget, on the line between two evaluations."""
+    """Give the AP that a run had after a share of its budget, on the line between two
+    evaluations."""
     steps = [point["step"] for point in run["curve"]]
     return float(
         np.interp(share * steps[-1], [0, *steps], [0.0, *(point["AP"] for point in run["curve"])])
@@ -446,7 +454,7 @@ def mean_curve(runs: list[dict]) -> list[tuple[int, float]]:  # (step, AP), from
 def steps_to_reach(runs: list[dict], ap: float) -> float | None:
     """Find the step at which the mean curve first reaches an AP; None if it never does."""
     curve = mean_curve(runs)
-    for (step, low), (next_step, high) in zip(curve, curve[1:]):
+    for (step, low), (next_step, high) in itertools.pairwise(curve):
         if high >= ap:
             return (
                 next_step if high == low else step + (next_step - step) * (ap - low) / (high - low)
@@ -509,12 +517,15 @@ def table(rows: list[Row]) -> str:
     def number(x, form):
         return "never" if x is None else format(x, form)
 
-    head = f"{'':24}{'seeds':>5}  {'AP at 1/4':21}{'AP at 1/2':21}{'AP at the end':21}{'steps to':>9}{'cost of':>9}{'time to':>9}\n{'':94}{'baseline':>8}{'a step':>9}{'baseline':>9}"
-    lines = [
-        f"{r.label:24}{r.seeds:>5}  {spread(r.quarter):21}{spread(r.half):21}{spread(r.whole):21}{number(r.steps, '.0f'):>9}{r.cost:>8.2f}×{number(r.time, '.2f'):>8}×"
-        for r in rows
-    ]
-    return "\n".join([head, *lines])
+    shares = "".join(f"{share:21}" for share in ("AP at 1/4", "AP at 1/2", "AP at the end"))
+    head = f"{'':24}{'seeds':>5}  {shares}{'steps to':>9}{'cost of':>9}{'time to':>9}\n"
+    head += f"{'':94}{'baseline':>8}{'a step':>9}{'baseline':>9}"
+    lines = [head]
+    for r in rows:
+        aps = "".join(f"{spread(part):21}" for part in (r.quarter, r.half, r.whole))
+        steps, time = number(r.steps, ".0f"), number(r.time, ".2f")
+        lines.append(f"{r.label:24}{r.seeds:>5}  {aps}{steps:>9}{r.cost:>8.2f}×{time:>8}×")
+    return "\n".join(lines)
 
 # %% ../../nbs/workshop/52_experiments.ipynb #draw-ap
 def name_lines(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:  # x, y, name, colour
@@ -569,7 +580,8 @@ def draw_ap(
 def draw_instability(
     results: dict[str, list[dict]], names: list[str], ax: Axes, title: str = ""
 ) -> Axes:
-    """Draw how many of the matched queries changed their object since the epoch before: mean and range of the seeds."""
+    """Draw how many of the matched queries changed their object since the epoch before: mean and
+    range of the seeds."""
     ends = []
     for name in names:
         label, colour = VARIANTS[name].label, VARIANTS[name].colour
@@ -594,7 +606,8 @@ def draw_instability(
 def step_costs(
     results: dict[str, list[dict]], folder: Path
 ) -> dict[str, dict]:  # variant → median seconds of a step
-    """Take what a step costs from `cost.json`, measured side by side; where one of those to be compared is missing there, from the runs."""
+    """Take what a step costs from `cost.json`, measured side by side; where one of those to be
+    compared is missing there, from the runs."""
     path = Path(folder) / "cost.json"
     measured = json.loads(path.read_text())["seconds_per_step"] if path.exists() else {}
     incomplete = {VARIANTS[name].baseline or name for name in results if name not in measured}
@@ -635,7 +648,8 @@ def report(folder: Path, drawn: Path) -> None:
 
 
 def list_variants(folder: Path) -> str:
-    """Say which variants there are, in what they differ from their baselines, and which seeds are stored."""
+    """Say which variants there are, in what they differ from their baselines, and which seeds
+    are stored."""
     lines = []
     for name, variant in VARIANTS.items():
         seeds = [
@@ -665,7 +679,8 @@ def main(
     cost: bool = False,  # measure what steps cost, and train nothing
     list_: bool = False,  # show variants and stored results, and stop
 ) -> None:
-    """Train variants with several seeds and one budget; results that are stored are not computed again, interrupted runs are continued."""
+    """Train variants with several seeds and one budget; results that are stored are not computed
+    again, interrupted runs are continued."""
     for name in only:
         variant_named(name)
     if list_:
@@ -677,7 +692,8 @@ def main(
             for name in only:
                 result = run_one(name, seed, Path(results), Path(work), pictures)
                 print(
-                    f"{name}, seed {seed}: AP {result['curve'][-1]['AP']:.3f}  {result_path(results, name, seed)}",
+                    f"{name}, seed {seed}: AP {result['curve'][-1]['AP']:.3f}  "
+                    f"{result_path(results, name, seed)}",
                     flush=True,
                 )
     report(Path(results), Path(work))
@@ -718,7 +734,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pictures",
         metavar="DIR",
-        help="folder of a data set with train/, val/ and annotations/, for variants that train on pictures",
+        help="folder of a data set with train/, val/ and annotations/, for variants that "
+        "train on pictures",
     )
     parser.add_argument(
         "--cost",
@@ -735,7 +752,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 # %% ../../nbs/workshop/52_experiments.ipynb #command-line
 def command_line(arguments: list[str] | None = None) -> int:  # exit status
-    """Run `main` with command-line arguments; an error of the user's is told in a line, with exit status 2."""
+    """Run `main` with command-line arguments; an error of the user's is told in a line, with
+    exit status 2."""
     options = vars(make_parser().parse_args(arguments))
     try:
         return exit_status(main, options)

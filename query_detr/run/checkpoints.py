@@ -25,13 +25,15 @@ def save(
     content: dict,  # tensors, numbers, strings, and lists and dicts of them
     path: str | Path,
 ) -> None:
-    """Write a checkpoint to a temporary file, flush it and rename it, so that a file of this name is always whole."""
+    """Write a checkpoint to a temporary file, flush it and rename it, so that a file of this
+    name is always whole."""
     with whole_file(path) as file:
         torch.save(content, file)
 
 # %% ../../nbs/runs/34_checkpoints.ipynb #load
 def load(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU; nothing in it is executed, and a damaged one is never taken for a whole one."""
+    """Read a checkpoint onto the CPU; nothing in it is executed, and a damaged one is never
+    taken for a whole one."""
     try:
         if is_zipfile(path) and (damaged := ZipFile(path).testzip()):
             raise BadZipFile(damaged)  # torch.load does not compare checksums
@@ -40,7 +42,8 @@ def load(path: str | Path) -> dict:
         raise InputError(f"{path} does not exist: name an existing checkpoint") from None
     except Exception as error:
         raise InputError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is cut off, of another program, or holds code, which is never run"
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is cut "
+            "off, of another program, or holds code, which is never run"
         ) from None
 
 # %% ../../nbs/runs/34_checkpoints.ipynb #newest
@@ -48,7 +51,8 @@ NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
 
 
 def save_newest(content: dict, folder: str | Path) -> None:
-    """Save a checkpoint of a run and keep the one before it. Whenever the program is killed, at least one of both is whole."""
+    """Save a checkpoint of a run and keep the one before it. Whenever the program is killed, at
+    least one of both is whole."""
     newest, previous, new = (
         Path(folder) / name for name in (NEWEST, PREVIOUS, "checkpoint_new.pt")
     )
@@ -85,7 +89,8 @@ def check_keys(
     source: str | Path,  # where they come from, for the message
     remedy: str = "Use the recipe and --set values that it was trained with",
 ) -> None:
-    """Refuse weights whose names or shapes are not those of the model; up to ten of each fault are named."""
+    """Refuse weights whose names or shapes are not those of the model; up to ten of each fault
+    are named."""
     own = module.state_dict()
     missing, extra = [k for k in own if k not in weights], [k for k in weights if k not in own]
     shapes = [
@@ -112,7 +117,8 @@ def fill_model(
     model: nn.Module,
     weights: dict,  # under our names
     source: str | Path,  # for messages
-    fine_tune: bool = False,  # what depends on the classes may differ; it then keeps the model's first values
+    # what depends on the classes may differ; it then keeps the model's first values
+    fine_tune: bool = False,
 ) -> str:  # one line: what was kept, skipped and begun anew
     """Fill a model with weights."""
     own = model.state_dict()
@@ -122,7 +128,9 @@ def fill_model(
     skipped = [k for k in OF_CLASSES if k in weights and k not in own]
     if not fine_tune and "class_head.bias" in anew and "class_head.bias" in weights:
         raise InputError(
-            f"{source} knows {len(weights['class_head.bias'])} classes, the data has {len(own['class_head.bias'])}: evaluate on data with the same classes, or train to fine-tune on these"
+            f"{source} knows {len(weights['class_head.bias'])} classes, the data has "
+            f"{len(own['class_head.bias'])}: evaluate on data with the same classes, or "
+            "train to fine-tune on these"
         )
     if not fine_tune:
         anew = skipped = []
@@ -157,7 +165,8 @@ def from_torchvision(weights: dict) -> dict:
 
 # %% ../../nbs/runs/34_checkpoints.ipynb #imagenet-weights
 def imagenet_weights(name: str) -> dict:
-    """Fetch torchvision's ImageNet weights of a backbone (the first version, which the published results use)."""
+    """Fetch torchvision's ImageNet weights of a backbone (the first version, which the published
+    results use)."""
     try:
         weights = models.get_model_weights(name).IMAGENET1K_V1
     except (ValueError, AttributeError):
@@ -169,8 +178,10 @@ def imagenet_weights(name: str) -> dict:
     except OSError as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise InputError(
-            f"the ImageNet weights of {name} could not be fetched ({error}): put {weights.url} into {folder},\n"
-            "or name the file with --backbone-weights FILE, or train from scratch with --backbone-weights none"
+            f"the ImageNet weights of {name} could not be fetched ({error}): put "
+            f"{weights.url} into {folder},\n"
+            "or name the file with --backbone-weights FILE, or train from scratch with "
+            "--backbone-weights none"
         ) from None
 
 # %% ../../nbs/runs/34_checkpoints.ipynb #load-backbone
@@ -186,7 +197,7 @@ def load_backbone(
     weights = {
         k: v
         for k, v in weights.items()
-        if k in own or not k.endswith("num_batches_tracked") and not k.startswith(later)
+        if k in own or (not k.endswith("num_batches_tracked") and not k.startswith(later))
     }
     check_keys(backbone, weights, source)
     backbone.load_state_dict(weights)

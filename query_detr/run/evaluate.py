@@ -10,8 +10,8 @@ __all__ = ['METRICS', 'Detections', 'postprocess', 'detection_rows', 'fast_engin
 # %% ../../nbs/runs/33_evaluate.ipynb #imports
 import contextlib
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Iterable
 
 import torch
 from pycocotools.coco import COCO
@@ -38,7 +38,8 @@ def postprocess(
     keep: int = 100,  # (query, class) pairs to keep per image
     layer: int = -1,  # decoder layer to listen to; -1: the last
 ) -> Detections:
-    """Keep the best (query, class) pairs of a layer and scale their boxes to pixels. `PostProcess` in DETR's words."""
+    """Keep the best (query, class) pairs of a layer and scale their boxes to pixels.
+    `PostProcess` in DETR's words."""
     scores = predictions.logits[layer].float().sigmoid()
     best, index = scores.flatten(1).topk(min(keep, scores[0].numel()))
     query, label = index // scores.shape[-1], index % scores.shape[-1]
@@ -69,7 +70,8 @@ def detection_rows(
 
 # %% ../../nbs/runs/33_evaluate.ipynb #load-engine
 def fast_engine():  # module, or None
-    """Import hotcoco, if a version is installed that gives pycocotools' numbers to the last bit: 1.3 or newer."""
+    """Import hotcoco, if a version is installed that gives pycocotools' numbers to the last bit:
+    1.3 or newer."""
     try:
         import hotcoco
     except ImportError:
@@ -88,7 +90,8 @@ def load_engine(
     fast = None if name == "pycocotools" else fast_engine()
     if name == "hotcoco" and not fast:
         raise InputError(
-            "the evaluation engine hotcoco is not installed, or is older than 1.3: pip install 'hotcoco>=1.3', or choose pycocotools"
+            "the evaluation engine hotcoco is not installed, or is older than 1.3: pip "
+            "install 'hotcoco>=1.3', or choose pycocotools"
         )
     return (fast.COCO, fast.COCOeval) if fast else (COCO, COCOeval)
 
@@ -159,7 +162,8 @@ def text_table(
     titles: tuple[str, ...],
     lines: Iterable[tuple],  # of words, whole numbers, and metrics in 0..1
 ) -> str:
-    """Line up a table, the first column to the left; a metric of -1, which had nothing to measure, is written as –."""
+    """Line up a table, the first column to the left; a metric of -1, which had nothing to
+    measure, is written as –."""
     cells = [
         titles,
         *(
@@ -226,8 +230,12 @@ def duplicates(
     overlap: float = 0.5,  # the least IoU with its object
 ) -> dict[
     str, float
-]:  # `objects_found`, a share, and `detections_per_object` of these, 1 without duplicates; -1 without objects, or without any found
-    """Count how often objects are found: a detection belongs to the object of its image and class that it overlaps most. Crowds are left out."""
+    # `objects_found`, a share, and `detections_per_object` of these, 1 without duplicates; -1
+    # without
+    # objects, or without any found
+]:
+    """Count how often objects are found: a detection belongs to the object of its image and
+    class that it overlaps most. Crowds are left out."""
     objects = torch.tensor(
         [
             [a["image_id"], *a["bbox"], a["category_id"]]
@@ -264,7 +272,8 @@ def detect_all(
     device: torch.device | str = "cpu",
     layers: Iterable[int] = (-1,),  # decoder layers to listen to; -1: the last
 ) -> list[Tensor]:  # per layer [n, 7] see `detection_rows`
-    """Detect in every batch, running the model once for all layers; it is left in the mode in which it came."""
+    """Detect in every batch, running the model once for all layers; it is left in the mode in
+    which it came."""
     training = model.training
     model.eval()
     tables = {

@@ -15,10 +15,10 @@ import resource
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,8 @@ from query_detr.run.step import (
 # %% ../../nbs/runs/37_loop.ipynb #options
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out. The recipe says what is learned; these may change whenever a run goes on."""
+    """How a run is carried out. The recipe says what is learned; these may change whenever a run
+    goes on."""
 
     micro_batch: int | None = (
         None  # most images that one process holds at once; the rest of its share is accumulated
@@ -69,7 +70,8 @@ class RunOptions:
         None  # finish only this many epochs now; the schedule stays the recipe's
     )
     log_instability: bool = False  # after every epoch, how many queries changed their object
-    on_bad_image: str = "stop"  # stop, or skip: an image that cannot be read is replaced by its neighbour and counted
+    # stop, or skip: an image that cannot be read is replaced by its neighbour and counted
+    on_bad_image: str = "stop"
     tensorboard: bool = False  # write TensorBoard's files too
 
     def __post_init__(self):
@@ -139,7 +141,8 @@ class Progress:
         if differing:
             said = ", ".join(f"{k} was {a}, is {b}" for k, (a, b) in list(differing.items())[:4])
             raise InputError(
-                f"{path} is of a run with other settings ({said}): resume with the same, or choose another --output"
+                f"{path} is of a run with other settings ({said}): resume with the same, "
+                "or choose another --output"
             )
         plain(self.model).load_state_dict(content["model"])
         if self.average:
@@ -163,7 +166,8 @@ def start_run(model: QueryDETR, recipe: Recipe, seed: int, images: int) -> Progr
 
 # %% ../../nbs/runs/37_loop.ipynb #run-log
 class RunLog:
-    """Write a run's numbers to `metrics.jsonl` and show its progress; other processes than the first stay silent."""
+    """Write a run's numbers to `metrics.jsonl` and show its progress; other processes than the
+    first stay silent."""
 
     def __init__(
         self,
@@ -194,7 +198,8 @@ class RunLog:
         return time.perf_counter() - self.began
 
     def forget_after(self, step: int):
-        """Drop what a stopped run wrote after its last checkpoint, and what is found out anew at the end of an epoch."""
+        """Drop what a stopped run wrote after its last checkpoint, and what is found out anew at
+        the end of an epoch."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         path.write_text("".join(line + "\n" for line in lines if belongs_before(line, step)))
@@ -237,7 +242,8 @@ class RunLog:
 
 
 def belongs_before(line: str, step: int) -> bool:
-    """Tell whether a line of the log was written before a checkpoint; a half-written line was not."""
+    """Tell whether a line of the log was written before a checkpoint; a half-written line was
+    not."""
     try:
         numbers = json.loads(line)
     except ValueError:
@@ -257,7 +263,8 @@ def open_tensorboard(folder: Path, done: int):
 
 # %% ../../nbs/runs/37_loop.ipynb #meter
 class Meter:
-    """Time since the last line of the log, and what of it was spent waiting for images and matching."""
+    """Time since the last line of the log, and what of it was spent waiting for images and
+    matching."""
 
     def __init__(self):
         self.restart(0)
@@ -286,7 +293,8 @@ class Meter:
 
 
 def peak_memory(device: str) -> float:
-    """Give the most memory that was in use at once, in MB: the GPU's, or without one the process's."""
+    """Give the most memory that was in use at once, in MB: the GPU's, or without one the
+    process's."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
@@ -296,7 +304,8 @@ def summed_up(
     losses: dict[str, Tensor],  # [L] by name
     weights: TermWeights,
 ) -> dict[str, float | list]:  # loss, its parts, and the loss of every layer
-    """Write out the losses of a step: their weighted sum, every part over all layers, every layer over all parts."""
+    """Write out the losses of a step: their weighted sum, every part over all layers, every
+    layer over all parts."""
     layer_loss = torch.stack([weights.of(name) * loss for name, loss in losses.items()]).sum(0)
     return dict(
         loss=layer_loss.sum().item(),
@@ -310,7 +319,8 @@ class Preempted(Exception):
 
 
 class StopSignal:
-    """Notice SIGTERM, which schedulers send before they take a machine away, without being torn out of a step."""
+    """Notice SIGTERM, which schedulers send before they take a machine away, without being torn
+    out of a step."""
 
     def __init__(self):
         self.came = False
@@ -352,7 +362,8 @@ def not_finite(losses: dict[str, Tensor]) -> str:  # [L] by name
 def save_replay(
     path: Path, progress: Progress, step: int, batches: list[Batch], rank: int, said: str
 ) -> None:
-    """Save what is needed to take one process's part of a step again: weights, images and objects."""
+    """Save what is needed to take one process's part of a step again: weights, images and
+    objects."""
     kept = [
         dict(
             images=b.images,
@@ -388,14 +399,19 @@ def fault_at(
     save_replay(path, progress, step, batches, rank, said)
     ids = [i for b in batches for i in b.image_ids]
     return Fault(
-        f"step {step}: {said}. Image ids: {', '.join(map(str, ids[:16]))}{' …' * (len(ids) > 16)}. The weights are those before the step.\n"
+        f"step {step}: {said}. Image ids: "
+        f"{', '.join(map(str, ids[:16]))}{' …' * (len(ids) > 16)}. The weights are those "
+        "before the step.\n"
         f"Look at it: python query_detr/launch.py --replay {path}\n"
-        f"Go on from the last checkpoint: --resume auto; if it comes back, train anew with a lower learning rate (--set lr=…){' or without --amp' * (progress.recipe.amp != 'none')}"
+        "Go on from the last checkpoint: --resume auto; if it comes back, train anew with "
+        "a lower learning rate (--set "
+        f"lr=…){' or without --amp' * (progress.recipe.amp != 'none')}"
     )
 
 # %% ../../nbs/runs/37_loop.ipynb #replay
 def replay(path: str | Path, device: str = "cpu") -> str:
-    """Take one process's part of a step again, by itself (boxes are counted over this part alone), and say where numbers are not finite."""
+    """Take one process's part of a step again, by itself (boxes are counted over this part
+    alone), and say where numbers are not finite."""
     known = "replay files are called replay_0.pt and lie in the folder of a run that stopped"
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist: {known}")
@@ -418,7 +434,8 @@ def replay(path: str | Path, device: str = "cpu") -> str:
     seed_dropout(fold_seed(content["seed"], content["step"] - 1, content["rank"]))
     criterion = recipe.criterion()
     lines = [
-        f"{path}: step {content['step']} of recipe {recipe.name}, process {content['rank']}; then: {content['said']}"
+        f"{path}: step {content['step']} of recipe {recipe.name}, process "
+        f"{content['rank']}; then: {content['said']}"
     ]
     try:
         losses, _ = compute_gradients(
@@ -445,7 +462,8 @@ def replay(path: str | Path, device: str = "cpu") -> str:
     return "\n".join(
         [
             *lines,
-            f"now: {now}; gradients that are not finite: {', '.join(wrong[:10]) or 'none'}{' and more' * (len(wrong) > 10)}",
+            f"now: {now}; gradients that are not finite: "
+            f"{', '.join(wrong[:10]) or 'none'}{' and more' * (len(wrong) > 10)}",
         ]
     )
 
@@ -457,11 +475,20 @@ def explain(error: BaseException) -> str | None:
         error.__context__ or error,
     )  # torch.save hides what it met behind an error of its own
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; what was saved before is whole. Make room, then go on with --resume auto"
+        return (
+            "the disk is full; what was saved before is whole. Make room, then go on "
+            "with --resume auto"
+        )
     if "DataLoader worker" in text:
-        return "a process that loads images died, most often for want of memory (or of /dev/shm): use fewer --workers, then go on with --resume auto"
+        return (
+            "a process that loads images died, most often for want of memory (or of "
+            "/dev/shm): use fewer --workers, then go on with --resume auto"
+        )
     if "out of memory" in text:
-        return "the device has no memory left: a smaller --micro-batch changes nothing in what is learned; then go on with --resume auto"
+        return (
+            "the device has no memory left: a smaller --micro-batch changes nothing in "
+            "what is learned; then go on with --resume auto"
+        )
     if isinstance(error, RuntimeError) and any(
         sign in text
         for sign in (
@@ -474,7 +501,10 @@ def explain(error: BaseException) -> str | None:
             "timed out",
         )
     ):
-        return f"another process of the run was lost (its own message tells why); go on with --resume auto ({text.splitlines()[0][:120]})"
+        return (
+            "another process of the run was lost (its own message tells why); go on "
+            f"with --resume auto ({text.splitlines()[0][:120]})"
+        )
     return None
 
 # %% ../../nbs/runs/37_loop.ipynb #take-step
@@ -590,7 +620,8 @@ def train_epoch(
                 save_newest(progress.content(), folder)
         if stopping:
             raise Preempted(
-                f"stopped after step {progress.step} as asked (SIGTERM) and saved; go on with --resume auto"
+                f"stopped after step {progress.step} as asked (SIGTERM) and saved; go on "
+                "with --resume auto"
             )
     tell_replaced(replaced, epoch, progress.step, log, process)
 
@@ -607,14 +638,16 @@ def tell_replaced(names: list[str], epoch: int, step: int, log: RunLog, process:
     known = sorted({name for part in gathered for name in part})
     log.write(epoch=epoch, step=step, replaced=count, replaced_files=known[:100])
     log.say(
-        f"epoch {epoch}  {count} images could not be read and were replaced: {', '.join(known[:10])}{' …' * (len(known) > 10)}"
+        f"epoch {epoch}  {count} images could not be read and were replaced: "
+        f"{', '.join(known[:10])}{' …' * (len(known) > 10)}"
     )
 
 
 def log_matches(
     progress: Progress, val_set, criterion: Criterion, log: RunLog, process: Process, workers: int
 ) -> None:
-    """Write down how many queries changed their object since the epoch before, and follow the fullest image."""
+    """Write down how many queries changed their object since the epoch before, and follow the
+    fullest image."""
     now, before = (
         objects_of_queries(progress.judged, val_set, progress.recipe, criterion, process, workers),
         progress.objects,
@@ -631,7 +664,8 @@ def log_matches(
             instability=changed / total, instability_of_matched=changed / max(matched, 1)
         )
         log.say(
-            f"epoch {progress.epoch}  instability {changed / total:.3f} of all queries, {changed / max(matched, 1):.3f} of the matched"
+            f"epoch {progress.epoch}  instability {changed / total:.3f} of all queries, "
+            f"{changed / max(matched, 1):.3f} of the matched"
         )
     log.write(**numbers)
 
@@ -685,7 +719,8 @@ def fit(
     process: Process = Process(),
     options: RunOptions = RunOptions(),
 ) -> dict[str, float]:  # COCO's 12 numbers of the last evaluation
-    """Train, save and evaluate until the recipe's last epoch. What follows an epoch comes after its checkpoint, so a run that goes on from one does it (again)."""
+    """Train, save and evaluate until the recipe's last epoch. What follows an epoch comes after
+    its checkpoint, so a run that goes on from one does it (again)."""
     recipe, metrics = progress.recipe, {}
     criterion = recipe.criterion()
     log = RunLog(

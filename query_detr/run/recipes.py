@@ -21,7 +21,8 @@ from ..model import ModelConfig, config_from_dict
 # %% ../../nbs/runs/30_recipes.ipynb #recipe
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of one training run, with their source and the result that was published for them."""
+    """All settings of one training run, with their source and the result that was published for
+    them."""
 
     name: str
     source: str  # where the settings come from
@@ -34,7 +35,9 @@ class Recipe:
     data: str = "coco"  # coco, or shapes (drawn, no download)
     scene_objects: int = 4  # most objects in a drawn training scene; validation scenes have up to 4
     augmentation: str = "detr"  # detr, flip or none
-    short_side: int = 800  # pixels at evaluation (and at training without the published augmentation); 0 leaves the images as they are
+    # pixels at evaluation (and at training without the published augmentation); 0 leaves the images
+    # as they are
+    short_side: int = 800
     longest_side: int = 1333  # pixels
     epochs: int = 50
     drop_epoch: int = 40  # learning rates × 0.1 from here on (schedule = step)
@@ -45,7 +48,8 @@ class Recipe:
     backbone_lr: float = 1e-5
     weight_decay: float = 1e-4
     clip: float = 0.1  # largest norm of the gradient
-    amp: str = "none"  # none, or bf16: matrices are multiplied in bfloat16; boxes, costs and losses stay in float32
+    # none, or bf16: matrices are multiplied in bfloat16; boxes, costs and losses stay in float32
+    amp: str = "none"
     ema: float = (
         0.0  # decay of the running average of the weights that is evaluated and kept; 0: none
     )
@@ -111,7 +115,8 @@ def settings(recipe: Recipe) -> dict[str, object]:
 
 # %% ../../nbs/runs/30_recipes.ipynb #differences
 def differences(a: Recipe, b: Recipe) -> dict[str, tuple]:
-    """List the settings in which two recipes differ, as {field: (a's, b's)}; what is only said about them is left out."""
+    """List the settings in which two recipes differ, as {field: (a's, b's)}; what is only said
+    about them is left out."""
     a, b = settings(a), settings(b)
     return {
         k: (a[k], b[k])
@@ -140,7 +145,8 @@ def coco_recipe(
     note: str = "",
     model: ModelConfig = POINTS,
 ) -> Recipe:
-    """Give the settings that Conditional, DAB-, DN- and Group DETR share on COCO, and what anchors change in the loss; a dilated backbone halves the images per GPU."""
+    """Give the settings that Conditional, DAB-, DN- and Group DETR share on COCO, and what
+    anchors change in the loss; a dilated backbone halves the images per GPU."""
     of_anchors = (
         dict(loss=TermWeights(label=1.0), giou_eps=1e-6, keep=300)
         if model.reference == "anchor"
@@ -168,16 +174,23 @@ BACKBONES = {
 CONDITIONAL = (
     "Meng et al. 2021, Conditional DETR for Fast Training Convergence; the authors' README"
 )
-DAB = "Liu et al. 2022, DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR; the authors' README"
+DAB = (
+    "Liu et al. 2022, DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR; the "
+    "authors' README"
+)
 DN = "Li et al. 2022, DN-DETR: Accelerate DETR Training by Introducing Query DeNoising"
 GROUP = "Chen et al. 2022, Group DETR: Fast DETR Training with Group-Wise One-to-Many Assignment"
 
 NO_NUMBER = "No 12-epoch number of this backbone was published."
 MISQUOTED = (
-    "No official number exists for a plain R50 after 12 epochs; third parties report 37.3 to 38.6. Often quoted for it: 43.4, which is the multi-scale "
+    "No official number exists for a plain R50 after 12 epochs; third parties report 37.3 "
+    "to 38.6. Often quoted for it: 43.4, which is the multi-scale "
     "Deformable version, and 41.7, which is DC5 with 3 patterns."
 )
-OWN_CHOICE = "How noise and groups see each other is this project's choice (noise sees group 0): no code of the authors for both together is public."
+OWN_CHOICE = (
+    "How noise and groups see each other is this project's choice (noise sees "
+    "group 0): no code of the authors for both together is public."
+)
 
 # %% ../../nbs/runs/30_recipes.ipynb #recipe-list
 RECIPES = [
@@ -208,7 +221,8 @@ RECIPES = [
         12,
         37.6,
         GROUP,
-        "The converted 12-epoch checkpoint is listed at 37.8; it keeps 300 detections per image, this recipe 100 as the authors' code.",
+        "The converted 12-epoch checkpoint is listed at 37.8; it keeps 300 detections per "
+        "image, this recipe 100 as the authors' code.",
         replace(POINTS, groups=11),
     ),
     coco_recipe("group_detr", 50, 43.4, GROUP, "", replace(POINTS, groups=11)),
@@ -236,7 +250,8 @@ SHAPES = "this project, on drawn scenes; AP is that of 200 held-out ones"
 DEMO = Recipe(
     "shapes_demo",
     SHAPES,
-    note="Trains on fuller scenes than it is judged on: more objects teach more per image. On processors without bfloat16: --set backbone_bf16=false.",
+    note="Trains on fuller scenes than it is judged on: more objects teach more per image. "
+    "On processors without bfloat16: --set backbone_bf16=false.",
     model=ModelConfig(
         classes=5,
         queries=25,
@@ -307,12 +322,14 @@ def recipe_named(name: str) -> Recipe:
         )
     nearest = get_close_matches(name, recipes, 1, 0)
     raise InputError(
-        f"no recipe is called {name!r}; did you mean {nearest[0]}?\nKnown recipes: {', '.join(recipes)}"
+        f"no recipe is called {name!r}; did you mean {nearest[0]}?\nKnown recipes: "
+        f"{', '.join(recipes)}"
     )
 
 # %% ../../nbs/runs/30_recipes.ipynb #find-setting
 def find_setting(recipe: Recipe, name: str) -> str:
-    """Complete a field name: `width` stands for `model.width` as long as only one field ends like that."""
+    """Complete a field name: `width` stands for `model.width` as long as only one field ends
+    like that."""
     known = settings(recipe)
     found = [k for k in known if k == name] or [k for k in known if k.endswith(f".{name}")]
     if len(found) == 1:
@@ -323,7 +340,9 @@ def find_setting(recipe: Recipe, name: str) -> str:
         )
     nearest = get_close_matches(name, [*known, *(k.split(".")[-1] for k in known)], 3, 0.4)
     raise InputError(
-        f"--set {name}: a recipe has no such field{'; near it are ' + ', '.join(nearest) if nearest else ''}. --print-recipe lists all"
+        f"--set {name}: a recipe has no such "
+        f"field{'; near it are ' + ', '.join(nearest) if nearest else ''}. --print-recipe "
+        "lists all"
     )
 
 # %% ../../nbs/runs/30_recipes.ipynb #parse-as
@@ -336,7 +355,8 @@ def parse_as(text: str, old: object, name: str) -> object:
         return kind(text)
     except (ValueError, KeyError):
         raise InputError(
-            f"--set {name}={text}: {name} takes {'true or false' if kind is bool else kind.__name__}, for example {old}"
+            f"--set {name}={text}: {name} takes "
+            f"{'true or false' if kind is bool else kind.__name__}, for example {old}"
         ) from None
 
 # %% ../../nbs/runs/30_recipes.ipynb #change

@@ -13,10 +13,11 @@ import math
 import signal
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ class Process:
     device: str = "cpu"
 
     def total(self, numbers: Tensor) -> Tensor:
-        """Sum a tensor over all processes, in place; one that lies on the CPU costs the GPU nothing."""
+        """Sum a tensor over all processes, in place; one that lies on the CPU costs the GPU
+        nothing."""
         if self.world > 1:
             dist.all_reduce(numbers)
         return numbers
@@ -75,9 +77,11 @@ def micro_batches(
     process: Process,
     limit: int | None = None,  # most images that the process can hold at once
     width_of: Callable[[int], int]
-    | None = None,  # tells how wide an image will be; images of like width then come together, which saves padding
+    # tells how wide an image will be; images of like width then come together, which saves padding
+    | None = None,
 ) -> list[list[int]]:
-    """Take this process's share of a step, in pieces that it can hold. Which images make up the step does not depend on it."""
+    """Take this process's share of a step, in pieces that it can hold. Which images make up the
+    step does not depend on it."""
     if width_of and (process.world > 1 or limit):
         step = sorted(step, key=width_of)
     share = np.array_split(step, process.world)[process.rank].tolist()
@@ -85,7 +89,8 @@ def micro_batches(
 
 # %% ../../nbs/runs/32_step.ipynb #load-steps
 def keep_through_sigterm(worker: int) -> None:
-    """Let a process that loads images live half a minute longer, until its run has saved: a scheduler sends SIGTERM to all processes at once."""
+    """Let a process that loads images live half a minute longer, until its run has saved: a
+    scheduler sends SIGTERM to all processes at once."""
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
@@ -126,7 +131,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> AdamW:
 
 # %% ../../nbs/runs/32_step.ipynb #make-schedule
 def make_schedule(optimizer: AdamW, recipe: Recipe, steps_per_epoch: int) -> LambdaLR:
-    """Change the learning rates as the recipe says: a drop at one epoch, or a cosine to zero, after a warm-up."""
+    """Change the learning rates as the recipe says: a drop at one epoch, or a cosine to zero,
+    after a warm-up."""
 
     def factor(step):
         ramp = min(1.0, (step + 1) / recipe.warmup) if recipe.warmup else 1.0
@@ -176,10 +182,14 @@ def compute_gradients(
     context=nullcontext,  # of the forward pass, see `precision`
 ) -> tuple[
     dict[str, Tensor], float
-]:  # losses [L] of this process by name, see `CriterionOutput`; summed over processes, those of the step. Seconds of matching
-    """Add the gradients of one step, the same whatever number of processes and micro-batches share it; with noise, if its empty slots are hidden."""
+    # losses [L] of this process by name, see `CriterionOutput`; summed over processes, those of the
+    # step. Seconds of matching
+]:
+    """Add the gradients of one step, the same whatever number of processes and micro-batches
+    share it; with noise, if its empty slots are hidden."""
     boxes = process.total(torch.tensor(float(sum(len(b.targets) for b in batches)))).item()
-    # distributed training averages gradients over processes: divide by boxes per process, not by boxes
+    # distributed training averages gradients over processes: divide by boxes per process, not by
+    # boxes
     num_boxes, losses = max(boxes, 1.0) / process.world, {}
     timer = SolveTimer(getattr(criterion, "solve", solve_tables))
     if isinstance(criterion, Criterion):
@@ -207,7 +217,8 @@ class Step(NamedTuple):
 
 
 class Watch:
-    """From the first step on whose losses or gradient are not finite, hold back every update, on the device, so that a GPU need not wait for the question."""
+    """From the first step on whose losses or gradient are not finite, hold back every update, on
+    the device, so that a GPU need not wait for the question."""
 
     def __init__(self, device: str = "cpu"):
         self.bad = torch.zeros((), device=device)  # 1 from that step on
@@ -263,7 +274,8 @@ def seed_dropout(seed: int) -> None:
 
 # %% ../../nbs/runs/32_step.ipynb #precision
 def precision(recipe: Recipe, device: str):
-    """Multiply matrices in bfloat16 inside this context, if the recipe says so; boxes, costs and losses stay in float32 (see `model`)."""
+    """Multiply matrices in bfloat16 inside this context, if the recipe says so; boxes, costs and
+    losses stay in float32 (see `model`)."""
     return (
         torch.autocast(torch.device(device).type, torch.bfloat16)
         if recipe.amp == "bf16"
@@ -272,7 +284,8 @@ def precision(recipe: Recipe, device: str):
 
 # %% ../../nbs/runs/32_step.ipynb #compile-layers
 def compile_layers(model: nn.Module) -> None:
-    """Compile the layers of the transformer and the stages of the backbone, once for all image sizes."""
+    """Compile the layers of the transformer and the stages of the backbone, once for all image
+    sizes."""
     for layer in (*model.backbone.compiled_parts(), *model.encoder.layers, *model.decoder.layers):
         layer.compile(dynamic=True)
 
@@ -283,7 +296,8 @@ def eval_batches(
     process: Process = Process(),
     workers: int = 0,  # processes that load images
 ) -> DataLoader:
-    """Load this process's share of a data set for evaluation. The batches are fixed before they are shared out: padding, and with it AP, is the same for any number of processes."""
+    """Load this process's share of a data set for evaluation. The batches are fixed before they
+    are shared out: padding, and with it AP, is the same for any number of processes."""
     images = Transformed(dataset, eval_transform(recipe.short_side or None, recipe.longest_side))
     size = recipe.eval_batch_size
     batches = [list(range(i, min(i + size, len(images)))) for i in range(0, len(images), size)]
@@ -354,7 +368,8 @@ def objects_of_queries(
     process: Process = Process(),
     workers: int = 0,
 ) -> Tensor:  # [images, N]
-    """Match what the last layer predicts in every image; the model is left in the mode in which it came."""
+    """Match what the last layer predicts in every image; the model is left in the mode in which
+    it came."""
     training, rows = (
         model.training,
         [torch.zeros(0, 1 + model.config.queries, dtype=torch.int64)],

@@ -42,7 +42,9 @@ from ..run.checkpoints import check_keys
 from ..run.recipes import ANCHORS, NOISE, POINTS
 
 # %% ../../nbs/runs/42_interop.ipynb #rules-shared
-ATTENTION = (  # the projections of an attention of the decoder, in all dialects → ours, applied one after the other
+# the projections of an attention of the decoder, in all dialects → ours, applied one after the
+# other
+ATTENTION = (
     (r"q(uery_|_)?content_proj", "query_content"),
     (r"k(ey_|_)?content_proj", "key_content"),
     (r"\.v(alue)?_proj", ".value"),
@@ -160,14 +162,16 @@ def rename(
         new = rename_key(key, rules)
         if new in renamed:
             raise InputError(
-                f"two weights would be called {new} here, one of them {key}: use a file with the names of one library"
+                f"two weights would be called {new} here, one of them {key}: use a file "
+                "with the names of one library"
             )
         renamed[new] = value
     return renamed
 
 # %% ../../nbs/runs/42_interop.ipynb #pack
 def pack_attention(weights: dict) -> dict:
-    """Stack separate query, key and value projections of the encoder into the one matrix of `nn.MultiheadAttention`."""
+    """Stack separate query, key and value projections of the encoder into the one matrix of
+    `nn.MultiheadAttention`."""
     packed = dict(weights)
     for key in weights:
         if not (
@@ -200,7 +204,8 @@ def unpack_attention(weights: dict) -> dict:
 # %% ../../nbs/runs/42_interop.ipynb #origin
 @dataclass(frozen=True)
 class Origin:
-    """A library whose files we read: its names, and what its files do not say about their models."""
+    """A library whose files we read: its names, and what its files do not say about their
+    models."""
 
     name: str
     rules: tuple  # its names → ours
@@ -273,7 +278,8 @@ def translate(
     weights: dict,  # name → tensor
     origin: Origin,
 ) -> dict:
-    """Give the weights of a detector of another library our names; copies and counters of batches are left out."""
+    """Give the weights of a detector of another library our names; copies and counters of
+    batches are left out."""
     left_out = find_copies(weights, origin)
     kept = {
         k: v
@@ -297,7 +303,8 @@ def from_authors(weights: dict) -> dict:
 
 
 def from_transformers(weights: dict) -> dict:
-    """Translate the weights of transformers' ConditionalDetrForObjectDetection or DabDetrForObjectDetection."""
+    """Translate the weights of transformers' ConditionalDetrForObjectDetection or
+    DabDetrForObjectDetection."""
     return translate(weights, ORIGINS["transformers"])
 
 # %% ../../nbs/runs/42_interop.ipynb #coco-ids
@@ -309,7 +316,8 @@ COCO_NAMES = tuple(CATEGORIES[i] for i in COCO_IDS)
 
 
 def cut_to_coco(weights: dict) -> dict:
-    """Keep of outputs and label table for 91 COCO ids the rows of the 80 classes, and the table's last one."""
+    """Keep of outputs and label table for 91 COCO ids the rows of the 80 classes, and the
+    table's last one."""
     rows = dict.fromkeys(("class_head.weight", "class_head.bias"), COCO_IDS) | {
         "labels.table.weight": (*COCO_IDS, 91)
     }
@@ -343,7 +351,8 @@ def backbone_of(weights: dict) -> tuple[str, int]:  # a key of `RESNETS`, number
         if stages and block is kind and known[:stages] == depths:
             return name, stages
     raise InputError(
-        f"the backbone has {depths} blocks per stage and is none of {', '.join(RESNETS)}: use weights with one of these"
+        f"the backbone has {depths} blocks per stage and is none of {', '.join(RESNETS)}: "
+        "use weights with one of these"
     )
 
 
@@ -359,7 +368,8 @@ def sizes_of(weights: dict) -> dict[str, int]:
     for key, _ in known.values():
         if key not in weights or weights[key].dim() != 2:
             raise InputError(
-                f"the weights have no matrix that would be {key} here: they are incomplete or of another kind of model"
+                f"the weights have no matrix that would be {key} here: they are incomplete "
+                "or of another kind of model"
             )
     return {name: weights[key].shape[dim] for name, (key, dim) in known.items()}
 
@@ -371,7 +381,8 @@ def config_of(
     heads: int = 8,
     dilation: bool = False,
 ) -> ModelConfig:
-    """Find the configuration that weights belong to; what cannot be seen from them is as published."""
+    """Find the configuration that weights belong to; what cannot be seen from them is as
+    published."""
     sizes, anchors = sizes_of(weights), "queries.size_head.layers.0.weight" in weights
     rows, (backbone, stages) = sizes["rows"], backbone_of(weights)
     groups = groups or (
@@ -409,7 +420,8 @@ class Converted:
 
     weights: dict[str, Tensor]  # any shape: a state dict of `QueryDETR`
     config: ModelConfig
-    usage: InferenceConfig  # class names where they are known; detections that the library keeps per image
+    # class names where they are known; detections that the library keeps per image
+    usage: InferenceConfig
     origin: str  # a key of `ORIGINS`
     ignored: tuple[str, ...]  # names in the file that are copies of others, or counters
 
@@ -419,16 +431,19 @@ def check_copies(weights: dict, copies: dict[str, str], source: str | Path) -> N
     for key, first in copies.items():
         if not torch.equal(weights[key], weights[first]):
             raise InputError(
-                f"{source}: {key} is not the same as {first}, so its layers have heads of their own:\nuse weights of a model whose layers share one head"
+                f"{source}: {key} is not the same as {first}, so its layers have heads of "
+                "their own:\nuse weights of a model whose layers share one head"
             )
 
 
 def table_from_pattern(weights: dict) -> dict:
-    """Turn a single learned start of all queries, as `to_transformers` writes it for DN-DETR, into a label table that knows «unknown» only."""
+    """Turn a single learned start of all queries, as `to_transformers` writes it for DN-DETR,
+    into a label table that knows «unknown» only."""
     pattern, classes = weights["queries.patterns.weight"], len(weights["class_head.weight"])
     if len(pattern) != 1 or pattern[0, -1] != 0:
         raise InputError(
-            "the model starts its queries from patterns, which this project has not: use weights without them (num_patterns=0)"
+            "the model starts its queries from patterns, which this project has not: use "
+            "weights without them (num_patterns=0)"
         )
     table = torch.cat([pattern.new_zeros(classes, pattern.shape[1] - 1), pattern[:, :-1]])
     return {
@@ -444,11 +459,13 @@ def convert_weights(
     heads: int = 8,  # of attention; not visible in the weights
     dilation: bool = False,  # DC5; not visible in the weights
 ) -> Converted:
-    """Translate a detector of another library completely, and find its configuration. What does not fit raises `InputError`."""
+    """Translate a detector of another library completely, and find its configuration. What does
+    not fit raises `InputError`."""
     if not (origin := origin_of(weights)):
         names = ", ".join(list(weights)[:10])
         raise InputError(
-            f"{source} has none of the names that {', '.join(ORIGINS)} give to these models; its {len(weights)} names begin with\n{names}"
+            f"{source} has none of the names that {', '.join(ORIGINS)} give to these "
+            f"models; its {len(weights)} names begin with\n{names}"
         )
     copies = find_copies(weights, origin)
     check_copies(weights, copies, source)
@@ -464,7 +481,8 @@ def convert_weights(
         model,
         ours,
         source,
-        f"By its names it comes from {origin.name}, but not from a model of this kind; our names are shown",
+        f"By its names it comes from {origin.name}, but not from a model of this kind; our "
+        "names are shown",
     )
     usage = InferenceConfig(
         COCO_NAMES if config.classes == 80 else (), keep=origin.keep[config.reference == "anchor"]
@@ -478,24 +496,30 @@ def convert_weights(
     )
 
 # %% ../../nbs/runs/42_interop.ipynb #read-pickle
-WEB_PAGE = "is a web page, not a file of weights: open the address in a browser and take the link of the file itself"
+WEB_PAGE = (
+    "is a web page, not a file of weights: open the address in a browser and take "
+    "the link of the file itself"
+)
 NOT_WEIGHTS = {
     b"<!doctype": WEB_PAGE,
     b"<html": WEB_PAGE,
     b"<?xml": WEB_PAGE,
-    b"version https://git-lfs": "only points to a file in Git's large file storage: fetch the file itself (git lfs pull)",
+    b"version https://git-lfs": "only points to a file in Git's large file storage: fetch "
+    "the file itself (git lfs pull)",
 }
 
 
 def read_pickle(path: Path) -> object:
-    """Read a file of `torch.save` onto the CPU. No code in it is run; besides tensors and plain values it may hold an `argparse.Namespace`, as the authors' files do."""
+    """Read a file of `torch.save` onto the CPU. No code in it is run; besides tensors and plain
+    values it may hold an `argparse.Namespace`, as the authors' files do."""
     try:
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
-                f"{path} holds code ({found[1]}), which is never run: ask for a file with weights only, or in the safetensors format"
+                f"{path} holds code ({found[1]}), which is never run: ask for a file with "
+                "weights only, or in the safetensors format"
             ) from None
     except Exception:
         pass  # what a damaged file makes the reader stumble over has no common kind
@@ -560,7 +584,8 @@ def read_weights(
     )
     if not weights:
         raise InputError(
-            f"{source} holds no weights: it should be a state dict, or hold one as 'model', 'state_dict' or 'ema_state'"
+            f"{source} holds no weights: it should be a state dict, or hold one as "
+            "'model', 'state_dict' or 'ema_state'"
         )
     prefix = (
         "module." if all(key.startswith("module.") for key in weights) else ""
@@ -569,7 +594,8 @@ def read_weights(
 
 # %% ../../nbs/runs/42_interop.ipynb #import-model
 def folder_facts(source: str | Path) -> dict:
-    """Read from a transformers folder's config.json what its weights do not show: heads, dilation and class names."""
+    """Read from a transformers folder's config.json what its weights do not show: heads,
+    dilation and class names."""
     file = Path(source) / "config.json"
     if not file.is_file():
         return {}
@@ -620,7 +646,8 @@ def optional(*packages: str) -> tuple:
         return tuple(importlib.import_module(package) for package in packages)
     except ImportError as error:
         raise InputError(
-            f"this export needs a package that is not installed ({error.name}): pip install {' '.join(packages)}"
+            f"this export needs a package that is not installed ({error.name}): pip "
+            f"install {' '.join(packages)}"
         ) from None
 
 
@@ -637,7 +664,8 @@ def check_exportable(config: ModelConfig) -> None:
     for what, is_so in reasons.items():
         if is_so:
             raise InputError(
-                f"transformers has no model with {what}: export it with to_onnx, or keep it in its own folder"
+                f"transformers has no model with {what}: export it with to_onnx, or keep "
+                "it in its own folder"
             )
 
 
@@ -705,7 +733,8 @@ def transformers_config(
 
 # %% ../../nbs/runs/42_interop.ipynb #out-weights
 def inference_weights(model: QueryDETR) -> dict[str, Tensor]:
-    """Take what inference needs, in transformers' pieces: group 0, attention unpacked, the unknown label as a pattern, no scaling as a scaling by 1."""
+    """Take what inference needs, in transformers' pieces: group 0, attention unpacked, the
+    unknown label as a pattern, no scaling as a scaling by 1."""
     weights, width = unpack_attention(model.state_dict()), model.config.width
     weights["queries.embedding.weight"] = weights["queries.embedding.weight"][
         : model.config.queries
@@ -744,8 +773,10 @@ def to_transformers(
     model: QueryDETR,
     folder: str | Path,
 ) -> None:
-    """Write a folder that transformers' `from_pretrained` and pipelines load: Conditional DETR for points, DAB-DETR for anchors. Of groups the first remains."""
-    # their inverse_sigmoid always ends at 1e-5: with another sigmoid_eps, boxes differ where a reference is nearer to 0 or 1 than that
+    """Write a folder that transformers' `from_pretrained` and pipelines load: Conditional DETR
+    for points, DAB-DETR for anchors. Of groups the first remains."""
+    # their inverse_sigmoid always ends at 1e-5: with another sigmoid_eps, boxes differ where a
+    # reference is nearer to 0 or 1 than that
     (transformers,) = optional("transformers")
     check_exportable(model.config)
     config, usage, folder = transformers_config(transformers, model), model.usage, Path(folder)
@@ -790,7 +821,8 @@ def to_onnx(
     model: QueryDETR,
     path: str | Path,
 ) -> None:
-    """Write an ONNX file: images [B, 3, H, W] and pad_mask [B, H, W] of any size in, logits [B, N, C] and boxes [B, N, 4] of the last layer out."""
+    """Write an ONNX file: images [B, 3, H, W] and pad_mask [B, H, W] of any size in, logits [B,
+    N, C] and boxes [B, N, 4] of the last layer out."""
     optional("onnx", "onnxscript")
     batch, height, width = map(torch.export.Dim, ("batch", "height", "width"))
     shapes = {

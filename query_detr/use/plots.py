@@ -12,11 +12,11 @@ __all__ = ['TARGET', 'PREDICTION', 'OTHER_GROUP', 'NOISE', 'MEAN', 'STD', 'RUN_C
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
-from typing import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -47,7 +47,8 @@ def alternative_text(figure: Figure) -> str:
 
 
 def described_png(figure: Figure) -> tuple[bytes, dict]:  # PNG, notebook metadata
-    """Save a figure in 256 colours, which makes photographs and scenes less than half as large, with its alternative text."""
+    """Save a figure in 256 colours, which makes photographs and scenes less than half as large,
+    with its alternative text."""
     full, small = BytesIO(), BytesIO()
     figure.savefig(full, format="png", bbox_inches="tight", facecolor="white")
     image = Image.open(full).convert("RGB").quantize(256)
@@ -59,7 +60,8 @@ def described_png(figure: Figure) -> tuple[bytes, dict]:  # PNG, notebook metada
 
 
 def describe_figures() -> None:
-    """From here on, give a notebook's pictures their titles as alternative text, and keep their files small."""
+    """From here on, give a notebook's pictures their titles as alternative text, and keep their
+    files small."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None:
         return
@@ -83,7 +85,7 @@ def new_axes(
     rows: int = 1, columns: int = 1, size: float = 3.2
 ) -> np.ndarray:  # [rows, columns] of axes
     """Make a grid of axes on a new figure."""
-    figure, axes = plt.subplots(
+    _figure, axes = plt.subplots(
         rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained"
     )
     return axes
@@ -193,7 +195,8 @@ def show_matches(
 # %% ../../nbs/runs/40_plots.ipynb #show-attention
 def show_attention(
     image: Tensor,  # as in `show_image`
-    weights: Tensor,  # [rows, columns, h, w] attention of one query, for example [content, spatial, combined] × heads
+    # [rows, columns, h, w] attention of one query, for example [content, spatial, combined] × heads
+    weights: Tensor,
     row_names: list[str],
     column_names: list[str],
     reference: Tensor | None = None,  # [2] x, y in 0..1: where the query looks
@@ -260,7 +263,8 @@ def show_noise(
     ax: Axes | None = None,
     title: str = "",
 ) -> Axes:
-    """Draw objects and what noise made of them, joined centre to centre; a flipped label is written in red."""
+    """Draw objects and what noise made of them, joined centre to centre; a flipped label is
+    written in red."""
     ax = show_boxes(image, boxes, colour=TARGET, ax=ax, title=title)
     for old, new, (x0, y0, x1, y1), name, noised_name in zip(
         boxes.tolist(), noised_boxes.tolist(), to_xyxy(noised_boxes).tolist(), names, noised_names
@@ -335,7 +339,8 @@ def show_match_history(
     ax: Axes | None = None,
     title: str = "",
 ) -> Axes:
-    """Draw which query answers for which object of one image as training goes on; a steady row is a query that keeps its object. Queries that never have one are left out."""
+    """Draw which query answers for which object of one image as training goes on; a steady row
+    is a query that keeps its object. Queries that never have one are left out."""
     if ax is None:
         ax = new_axes(size=4)[0, 0]
     history = history[:, (history >= 0).any(0)].T
@@ -349,7 +354,8 @@ def show_match_history(
 
 # %% ../../nbs/runs/40_plots.ipynb #read-metrics
 def read_metrics(folder: str | Path) -> list[dict]:  # one dict per line of `metrics.jsonl`
-    """Read what a run wrote down; its last line may be half written, while it goes on or after it was killed."""
+    """Read what a run wrote down; its last line may be half written, while it goes on or after
+    it was killed."""
     path = Path(folder) / "metrics.jsonl"
     try:
         lines = path.read_text(errors="replace").splitlines()
@@ -474,7 +480,8 @@ def show_detections(
 
 # %% ../../nbs/runs/40_plots.ipynb #explore
 def has_sliders() -> bool:
-    """Tell whether a reader can move sliders: a Jupyter server started this kernel for an open notebook, and ipywidgets is installed."""
+    """Tell whether a reader can move sliders: a Jupyter server started this kernel for an open
+    notebook, and ipywidgets is installed."""
     return "JPY_SESSION_NAME" in os.environ and find_spec("ipywidgets") is not None
 
 
@@ -483,9 +490,12 @@ def explore(
     *stills: dict,  # values of the pictures that every reader sees
     size: float = 3.6,  # of a still, in inches
     title: str = "",
-    **controls,  # for each value what `ipywidgets.interact` makes a control of: (low, high, step), or a list of choices
+    # for each value what `ipywidgets.interact` makes a control of: (low, high, step), or a list of
+    # choices
+    **controls,
 ) -> np.ndarray:  # [1, stills] of axes
-    """Draw a row of stills; where a reader can move sliders, also one picture below that obeys them and begins as the first still."""
+    """Draw a row of stills; where a reader can move sliders, also one picture below that obeys
+    them and begins as the first still."""
     axes = new_axes(1, len(stills), size)
     for ax, values in zip(axes[0], stills):
         draw(ax, **values)

@@ -36,7 +36,8 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
     """Turn a picture the right way up, as its EXIF orientation asks, and into RGB."""
     if picture.mode[0] in "IF":
         raise InputError(
-            f"its pixels (mode {picture.mode}) have no known range: save it with 8 bits per colour, like the pictures of the training"
+            f"its pixels (mode {picture.mode}) have no known range: save it with 8 bits "
+            "per colour, like the pictures of the training"
         )
     picture = ImageOps.exif_transpose(picture)
     return (picture.convert("RGBA") if picture.mode == "P" else picture).convert(
@@ -50,7 +51,8 @@ def picture_of(
     """Turn a tensor into a picture."""
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
         raise InputError(
-            f"a tensor of shape {list(tensor.shape)} is no picture: give [3, H, W], and several pictures as a list"
+            f"a tensor of shape {list(tensor.shape)} is no picture: give [3, H, W], and "
+            "several pictures as a list"
         )
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
         raise InputError(
@@ -58,7 +60,9 @@ def picture_of(
         )
     if tensor.is_floating_point() and not bool(((tensor >= 0) & (tensor <= 1)).all()):
         raise InputError(
-            f"a float tensor is a picture if it lies in 0..1, not in {tensor.min():.3g}..{tensor.max():.3g}: give it as it was before normalisation, or uint8 in 0..255"
+            "a float tensor is a picture if it lies in 0..1, not in "
+            f"{tensor.min():.3g}..{tensor.max():.3g}: give it as it was before "
+            "normalisation, or uint8 in 0..255"
         )
     return to_pil_image(tensor.detach().cpu())
 
@@ -158,7 +162,9 @@ def predict(
     model: QueryDETR,  # on the device that is to compute
     images,  # one image, or a list of them: paths, PIL images, tensors as in `picture_of`
     threshold: float = 0.5,  # the least score of a detection
-    batch_size: int = 4,  # images that go through the model together; if their sizes differ they are padded, which moves scores a little
+    # images that go through the model together; if their sizes differ they are padded, which moves
+    # scores a little
+    batch_size: int = 4,
     progress: bool = False,  # show a bar, if somebody sits at a terminal
 ) -> Found | list[Found]:
     """Detect objects in one image or in several."""
@@ -249,7 +255,8 @@ def image_files(paths: list[str]) -> list[Path]:
 
 # %% ../../nbs/runs/41_predict.ipynb #annotated-names
 def annotated_names(files: list[Path]) -> list[str]:
-    """Name the annotated pictures after the files; of two files with one name the second gets a number."""
+    """Name the annotated pictures after the files; of two files with one name the second gets a
+    number."""
     names, taken = [], set()
     for file in files:
         name, number = file.stem, 1
@@ -260,7 +267,8 @@ def annotated_names(files: list[Path]) -> list[str]:
 
 # %% ../../nbs/runs/41_predict.ipynb #prepare-output
 def prepare_output(folder: Path, files: list[Path]) -> None:
-    """Make the folder; refuse one where something else than earlier predictions would be written over."""
+    """Make the folder; refuse one where something else than earlier predictions would be written
+    over."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name another folder with --output")
     if folder.resolve() in {file.resolve().parent for file in files}:
@@ -269,7 +277,8 @@ def prepare_output(folder: Path, files: list[Path]) -> None:
         )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "detections.json").exists():
         raise InputError(
-            f"{folder} holds other files (no detections.json among them): name another folder with --output"
+            f"{folder} holds other files (no detections.json among them): name another "
+            "folder with --output"
         )
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -306,7 +315,8 @@ def main(
     for picture, found, name in zip(files, results, drawn):
         save_annotated(picture, found, folder / name)
     print(
-        f"{sum(map(len, results))} detections in {len(files)} images: {folder / 'detections.json'} and {len(files)} annotated pictures"
+        f"{sum(map(len, results))} detections in {len(files)} images: "
+        f"{folder / 'detections.json'} and {len(files)} annotated pictures"
     )
 
 # %% ../../nbs/runs/41_predict.ipynb #make-parser
@@ -342,13 +352,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=int,
         default=4,
-        help="images that go through the model together; with 1, scores never depend on the others (default: %(default)s)",
+        help="images that go through the model together; with 1, scores never depend on "
+        "the others (default: %(default)s)",
     )
     return parser
 
 # %% ../../nbs/runs/41_predict.ipynb #command-line
 def command_line(arguments: list[str] | None = None) -> int:  # exit status
-    """Run `main` with command-line arguments; an error of the user's is told in a line, with exit status 2."""
+    """Run `main` with command-line arguments; an error of the user's is told in a line, with
+    exit status 2."""
     return exit_status(main, vars(make_parser().parse_args(arguments)))
 
 # %% ../../nbs/runs/41_predict.ipynb #guard

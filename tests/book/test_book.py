@@ -1,4 +1,5 @@
-"""The HTML edition: links lead to pages, pictures have their alternative texts, and what only nbdev needs is left out."""
+"""The HTML edition: links lead to pages, pictures have their alternative texts, and what only
+nbdev needs is left out."""
 
 import importlib.util
 import json
@@ -73,7 +74,8 @@ def test_a_page_keeps_what_is_read_and_leaves_out_what_is_not(book, tmp_path, mo
     )
     cells = [
         new_markdown_cell(
-            "# Title\n\n> quote\n\nSee [02 batch](02_data.ipynb#masks) and $x_i < y$, [papers](https://a.org/b.ipynb)."
+            "# Title\n\n> quote\n\nSee [02 batch](02_data.ipynb#masks) and $x_i < y$, "
+            "[papers](https://a.org/b.ipynb)."
         ),
         new_code_cell("#| default_exp one"),
         new_code_cell("#| export\ndef kept(): pass", outputs=[picture, widget]),

@@ -1,4 +1,5 @@
-"""The house is in order: public names are described, shown and built upon lower chapters only; notebooks are small, quiet and linked; what is said about the project agrees."""
+"""The house is in order: public names are described, shown and built upon lower chapters only;
+notebooks are small, quiet and linked; what is said about the project agrees."""
 
 import ast
 import io
@@ -80,7 +81,8 @@ def listed(faults: list[str]) -> str:
     return f"{len(faults)}:\n" + "\n".join(faults)
 
 
-# --- the package -------------------------------------------------------------------------------------
+# --- the package
+# -------------------------------------------------------------------------------------
 
 
 def test_every_module_is_a_chapter_of_its_name():
@@ -123,7 +125,7 @@ def is_tensor(annotation: ast.AST | None) -> bool:
     )
 
 
-def test_every_tensor_that_a_public_function_takes_or_a_public_class_holds_has_its_shape_beside_it():
+def test_every_tensor_of_a_public_signature_has_its_shape_beside_it():
     faults = []
     for module in MODULES:
         comments = comments_of(module)
@@ -305,7 +307,8 @@ def test_every_public_name_is_used_by_an_example_or_by_something_that_is():
     ), listed(faults)
 
 
-# --- the notebooks -----------------------------------------------------------------------------------
+# --- the notebooks
+# -----------------------------------------------------------------------------------
 
 
 def test_notebooks_are_small():
@@ -380,7 +383,8 @@ def test_every_notebook_begins_with_its_title_and_what_it_is_about():
     ), listed(faults)
 
 
-# --- what is said about the project --------------------------------------------------------------------
+# --- what is said about the project
+# --------------------------------------------------------------------
 
 
 @pytest.fixture

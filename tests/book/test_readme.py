@@ -1,6 +1,8 @@
-"""README and the pages beside it cannot go stale: their commands run or are parsed by the real parsers, their files and tests exist, their tables are what the files say.
+"""README and the pages beside it cannot go stale: their commands run or are parsed by the real
+parsers, their files and tests exist, their tables are what the files say.
 
-A command that trains is run with the options that it names, on smaller data and a smaller model (SMALL), in one process.
+A command that trains is run with the options that it names, on smaller data and a smaller model
+(SMALL), in one process.
 """
 
 import argparse
@@ -55,7 +57,8 @@ MODULES = {
 EXTRAS = {"dev", "export", "widgets"}
 
 
-# --- reading the pages -------------------------------------------------------------------------------
+# --- reading the pages
+# -------------------------------------------------------------------------------
 
 
 def blocks(page: str) -> list[str]:
@@ -84,7 +87,8 @@ def commands(block: str) -> list[list[str]]:
 ALL = [(page, words) for page in PAGES for block in blocks(page) for words in commands(block)]
 
 
-# --- what a command must fulfil ----------------------------------------------------------------------
+# --- what a command must fulfil
+# ----------------------------------------------------------------------
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -174,7 +178,8 @@ def check_command(words: list[str]) -> None:
         raise AssertionError(f"nothing checks this: {' '.join(words)}")
 
 
-# --- commands ------------------------------------------------------------------------------------------
+# --- commands
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,7 +305,8 @@ def test_own_data_from_the_check_to_the_pictures(elsewhere):
     )
 
 
-# --- everything else that a page names -------------------------------------------------------------------
+# --- everything else that a page names
+# -------------------------------------------------------------------
 
 
 def code_of(page: str) -> list[str]:

@@ -1,4 +1,5 @@
-"""Bad input is met with one or two lines that name the thing and the remedy, exit status 2, and nothing overwritten."""
+"""Bad input is met with one or two lines that name the thing and the remedy, exit status 2, and
+nothing overwritten."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Runs from the command line as a user starts them: one process and several, training, evaluation, and going on."""
+"""Runs from the command line as a user starts them: one process and several, training,
+evaluation, and going on."""
 
 import json
 import os

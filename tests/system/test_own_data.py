@@ -1,4 +1,5 @@
-"""From the user's own images and annotations to a model folder: check the data, train, fine-tune on other classes, evaluate, predict."""
+"""From the user's own images and annotations to a model folder: check the data, train, fine-tune
+on other classes, evaluate, predict."""
 
 import json
 from pathlib import Path

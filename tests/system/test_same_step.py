@@ -70,7 +70,8 @@ def test_more_processes_and_accumulation_give_the_gradients_of_one(
 
 
 def test_padding_slots_that_are_visible_make_a_step_depend_on_its_micro_batches():
-    """As in the authors' code: how many empty slots an image's noise sees depends on the fullest image beside it."""
+    """As in the authors' code: how many empty slots an image's noise sees depends on the fullest
+    image beside it."""
     assert (
         relative_difference(
             gradients(Process(), 2, "visible padding"),

@@ -1,4 +1,5 @@
-"""Annotation files: kept arrays are whole, shared and never stale, and whatever a file contains, it is read or refused in plain words."""
+"""Annotation files: kept arrays are whole, shared and never stale, and whatever a file contains,
+it is read or refused in plain words."""
 
 import contextlib
 import io
@@ -435,7 +436,7 @@ def test_files_that_are_no_pictures(folder, content):
 def test_strips_keep_at_least_a_row_of_pixels(size):
     height, width = resized(*size, 800, 1333)
     assert (
-        1 <= min(height, width) and max(height, width) < 2 * 1333
+        min(height, width) >= 1 and max(height, width) < 2 * 1333
     )  # rounding half a row up to one doubles the length
     assert min(eval_transform()(Image.new("RGB", size[::-1])).shape) >= 1
     image, boxes = (
@@ -619,7 +620,8 @@ def mutate(content, rng):
 
 
 def mutated_file(content: bytes, seed: int) -> bytes:
-    """Make the file of a seed: something else entirely, or with changed fields, or with changed bytes."""
+    """Make the file of a seed: something else entirely, or with changed fields, or with changed
+    bytes."""
     rng = random.Random(seed)
     if seed < len(TEXTS):
         return TEXTS[seed]

@@ -100,7 +100,22 @@ def test_growth_is_fitted():
 
 
 def test_numbers_go_into_a_file(tmp_path, capsys):
-    arguments = "--recipe shapes_group --features 4x5 --boxes 3 --threads 1 --matching --repeat 1 --device cpu --output".split()
+    arguments = [
+        "--recipe",
+        "shapes_group",
+        "--features",
+        "4x5",
+        "--boxes",
+        "3",
+        "--threads",
+        "1",
+        "--matching",
+        "--repeat",
+        "1",
+        "--device",
+        "cpu",
+        "--output",
+    ]
     assert bench.command_line([*arguments, str(tmp_path / "found.json")]) == 0
     assert [row["boxes"] for row in json.loads((tmp_path / "found.json").read_text())["rows"]] == [
         20,

@@ -1,4 +1,5 @@
-"""Weights of other libraries come in completely, go out again, and files that are not what they should be are refused."""
+"""Weights of other libraries come in completely, go out again, and files that are not what they
+should be are refused."""
 
 import http.server
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import ANCHORS, CONFIGS, POINTS, Golden
+from golden import CONFIGS, Golden
 from safetensors.torch import save_file
 
 from query_detr.batch import InputError
@@ -33,7 +34,8 @@ KEYS = Path(__file__).parents[1] / "golden" / "keys"
 
 # ---- key lists: every name of every library
 
-FITTING = {  # file → recipe whose model it is, origin, detections kept, end of inverse_sigmoid, names left out
+# file → recipe whose model it is, origin, detections kept, end of inverse_sigmoid, names left out
+FITTING = {
     "detrex_conditional_detr_r50": ("conditional_detr_50ep", "detrex", 300, 1e-3, 0),
     "detrex_group_detr_r50": ("group_detr_12ep", "detrex", 300, 1e-3, 0),
     "detrex_dab_detr_r50": ("dab_detr_50ep", "detrex", 300, 1e-3, 18),
@@ -67,7 +69,8 @@ def first_of(key):
 
 @pytest.fixture(params=sorted(FITTING))
 def listed(request):
-    """A key list with weights of its shapes; every tensor is filled with a number of its own, rows of classes with the row's number behind the point."""
+    """A key list with weights of its shapes; every tensor is filled with a number of its own,
+    rows of classes with the row's number behind the point."""
     shapes = shapes_of(request.param)
     number = {key: float(i) for i, key in enumerate(shapes)}
     weights = {key: torch.full(shape, number[first_of(key)]) for key, shape in shapes.items()}
@@ -118,9 +121,10 @@ def test_91_ids_become_80_classes(listed):
     ids = list(COCO_IDS) if not name.startswith("detrex") else list(range(80))
     assert ((got.weights["class_head.bias"] % 1) * 100).round().int().tolist() == ids
     if "dn" in name:
-        assert (
-            (got.weights["labels.table.weight"][:, 0] % 1) * 100
-        ).round().int().tolist() == ids + [91 if ids[0] else 80]
+        assert ((got.weights["labels.table.weight"][:, 0] % 1) * 100).round().int().tolist() == [
+            *ids,
+            91 if ids[0] else 80,
+        ]
 
 
 def test_coco_ids_are_those_of_coco():
@@ -249,7 +253,8 @@ def transformers():
 
 
 def stir(model):
-    """Move weights away from their first values, which leave much of a model silent, and statistics to where the activations are."""
+    """Move weights away from their first values, which leave much of a model silent, and
+    statistics to where the activations are."""
     for name, parameter in model.named_parameters():
         if "backbone" in name:
             continue

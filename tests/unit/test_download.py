@@ -1,4 +1,5 @@
-"""Downloads against a local server that supports ranges, changes its mind, and breaks off; COCO's archives unpacked from it."""
+"""Downloads against a local server that supports ranges, changes its mind, and breaks off;
+COCO's archives unpacked from it."""
 
 import hashlib
 import io
@@ -9,7 +10,6 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 from zipfile import ZipFile
 

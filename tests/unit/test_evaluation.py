@@ -1,4 +1,6 @@
-"""AP is COCO's, to all published numbers of its own example and whatever engine computes it; what else is told about detections agrees with counting one by one. (Perfect detections and merged shards: chapter 33.)"""
+"""AP is COCO's, to all published numbers of its own example and whatever engine computes it;
+what else is told about detections agrees with counting one by one. (Perfect detections and
+merged shards: chapter 33.)"""
 
 import copy
 import json
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from query_detr.batch import Batch, InputError, Predictions, Targets
+from query_detr.run import evaluate
 from query_detr.run.evaluate import (
     METRICS,
     coco_evaluation,
@@ -23,7 +26,6 @@ from query_detr.run.evaluate import (
     per_class,
     text_table,
 )
-from query_detr.run import evaluate
 from query_detr.use.plots import read_metrics, show_run
 
 PUBLISHED = (0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564)
@@ -63,7 +65,8 @@ def test_all_twelve_published_numbers_of_the_coco_example(example, engine):
 def made_up(
     seed, images=12, categories=6, detections=40, score_digits=None, largest=180.0, crowds=0.1
 ):
-    """A ground truth and detections: near objects, doubled, and anywhere; some images without objects, the last category without any."""
+    """A ground truth and detections: near objects, doubled, and anywhere; some images without
+    objects, the last category without any."""
     rng = np.random.default_rng(seed)
     category_ids, image_ids = (
         np.sort(rng.choice(90, categories, replace=False) + 1),
@@ -239,7 +242,7 @@ def test_ap_of_a_class_is_that_of_a_file_with_no_other():
             rows[rows[:, 6] == category["id"]],
             "pycocotools",
         )
-        assert (result.AP, result.AP50) == pytest.approx((alone["AP"], alone["AP50"]), abs=1e-12)
+        assert pytest.approx((alone["AP"], alone["AP50"]), abs=1e-12) == (result.AP, result.AP50)
         assert result.objects == sum(not a["iscrowd"] for a in own)
     assert results[-1].objects == 0 and results[-1].AP == results[-1].AP50 == -1
     assert np.mean([r.AP for r in results if r.AP >= 0]) == pytest.approx(

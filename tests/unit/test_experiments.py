@@ -1,4 +1,5 @@
-"""The experiment's runs are kept, continued and compared as it says; the stored results agree with the variants, the tables with the results."""
+"""The experiment's runs are kept, continued and compared as it says; the stored results agree
+with the variants, the tables with the results."""
 
 import json
 import re
@@ -27,7 +28,6 @@ from query_detr.lab.experiments import (
     run_one,
     step_costs,
     steps_to_reach,
-    table,
 )
 from query_detr.run.recipes import differences, recipe_named, sibling
 
@@ -346,7 +346,7 @@ def test_table_of_the_reading_notebook_agrees_with_the_files():
             for path in stored_files
             if json.loads(path.read_text())["variant"] == name
         ]
-        if not runs or name not in CLAIM and not variant.baseline:
+        if not runs or (name not in CLAIM and not variant.baseline):
             continue
         last = runs[0]["curve"][-1]["step"]
         at = [

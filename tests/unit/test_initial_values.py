@@ -1,4 +1,5 @@
-"""A model begins like the references: mean and standard deviation of every parameter, over several seeds."""
+"""A model begins like the references: mean and standard deviation of every parameter, over
+several seeds."""
 
 import math
 
@@ -25,7 +26,8 @@ def uniform(bound):
 
 
 def expected(name: str, shape) -> tuple[float, float]:
-    """Mean and standard deviation that REFERENCES give: Xavier in the transformer, torch's defaults in the heads and projections."""
+    """Mean and standard deviation that REFERENCES give: Xavier in the transformer, torch's
+    defaults in the heads and projections."""
     if name == "class_head.bias":
         return -math.log(99), 0.0
     if name.startswith("box_head.layers.2"):

@@ -13,7 +13,7 @@ from test_padding import shift_caused_by_padding
 from test_same_step import relative_difference
 
 from query_detr import attention as layers
-from query_detr import criterion, decoder, denoising, features, layout, losses, matcher, queries
+from query_detr import criterion, denoising, features, layout, losses, matcher, queries
 from query_detr.boxes import iou
 from query_detr.criterion import Criterion
 from query_detr.matcher import match
@@ -150,7 +150,8 @@ def test_count_that_is_not_summed_over_processes_is_noticed(monkeypatch, tmp_pat
 
 
 class TwoProcesses(Process):
-    """Stands for one of two processes: knows what the other one would have added to the box count."""
+    """Stands for one of two processes: knows what the other one would have added to the box
+    count."""
 
     others = 0
 
@@ -159,7 +160,8 @@ class TwoProcesses(Process):
 
 
 def average_of_two_processes(keep_own_count=False):
-    """Do what distributed training does, in one process: the mean of the gradients of two shares of one step."""
+    """Do what distributed training does, in one process: the mean of the gradients of two shares
+    of one step."""
     counts = []
     for rank in range(2):
         seen = []

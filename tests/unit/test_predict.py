@@ -1,4 +1,5 @@
-"""Predictions for pictures as users have them: of any form and size, from Python and from the command line."""
+"""Predictions for pictures as users have them: of any form and size, from Python and from the
+command line."""
 
 import json
 import os
@@ -23,7 +24,8 @@ BOX = [10, 20, 40, 50]  # xyxy in pixels of `picture`
 
 
 class Finder(nn.Module):
-    """Stands for a trained model: finds the bright rectangle in each image by looking at its pixels, with scores 0.9 (class 1) and 0.3 (class 0)."""
+    """Stands for a trained model: finds the bright rectangle in each image by looking at its
+    pixels, with scores 0.9 (class 1) and 0.3 (class 0)."""
 
     def __init__(self, **usage):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Conditional, Group, DAB- and DN-DETR equal detrex (in the variants that equal the authors' code); Conditional DETR equals transformers too."""
+"""Conditional, Group, DAB- and DN-DETR equal detrex (in the variants that equal the authors'
+code); Conditional DETR equals transformers too."""
 
 import pytest
 import torch

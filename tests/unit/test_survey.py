@@ -1,4 +1,5 @@
-"""Drawn scenes as COCO folders, damaged in every way that the survey should find, one by one and all at once."""
+"""Drawn scenes as COCO folders, damaged in every way that the survey should find, one by one and
+all at once."""
 
 import json
 import random
@@ -77,7 +78,8 @@ def test_table_counts_boxes_per_class_and_size(folder):
         ]
     assert rows["all"][0] == len(boxes) == sum(rows["all"][1:4]) and all(rows["all"])
     assert (
-        f"24 images, {len(content(folder)['annotations'])} annotations ({len(annotations_on(content(folder), crowd=1))} of them crowds), 5 classes"
+        f"24 images, {len(content(folder)['annotations'])} annotations "
+        f"({len(annotations_on(content(folder), crowd=1))} of them crowds), 5 classes"
         in str(look(folder))
     )
 
@@ -121,7 +123,9 @@ def damage_file(path, how):
         path.write_text("<html>not found</html>")
 
 
-DAMAGES = {  # what is found: level, how many, what the example says, what is done to the json and to the picture of image 3
+# what is found: level, how many, what the example says, what is done to the json and to the picture
+# of image 3
+DAMAGES = {
     "missing file": ("stop", 1, "000003.png (image 3)", None, lambda p: damage_file(p, "missing")),
     "file that cannot be read": (
         "stop",
