@@ -157,10 +157,9 @@ class Theirs:
 
     def look(self, i):
         found = self.coco.loadAnns(self.coco.getAnnIds(self.ids[i]))
-        _boxes, _labels = (
-            torch.tensor([a["bbox"] for a in found if not a["iscrowd"]]),
-            torch.tensor([a["category_id"] for a in found if not a["iscrowd"]]),
-        )
+        single = [a for a in found if not a["iscrowd"]]
+        torch.tensor([a["bbox"] for a in single])
+        labels = torch.tensor([a["category_id"] for a in single])
         return len(labels), self.coco.imgs[self.ids[i]]["file_name"]
 
 

@@ -49,7 +49,7 @@ PAGE = """<!DOCTYPE html>
 
 def chapters() -> list[Path]:
     """List the notebooks in the order of the book: index, then by number."""
-    found = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if not path.name.startswith("_"))
+    found = sorted(path for path in NOTEBOOKS.rglob("*.ipynb") if not path.name.startswith("_"))
     return sorted(found, key=lambda path: path.stem != "index")
 
 
@@ -96,7 +96,7 @@ def page(path: Path, book: list[Path], mathjax: str = MATHJAX) -> str:
         template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
     )
     body, _ = exporter.from_notebook_node(readable(nbformat.read(path, 4)))
-    body = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(?=["#])', r"\1.html", body)
+    body = re.sub(r'href="(?![a-z]+:)(?:[^"#]*/)?([^"#/]*)\.ipynb(?=["#])', r'href="\1.html', body)
     at = book.index(path)
     before, after = (book[i] if 0 <= i < len(book) else None for i in (at - 1, at + 1))
     turn = "".join(
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         "folder", nargs="?", default="_book", help="where the pages go (default: %(default)s)"
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="NOTEBOOK", help="write only these, for example 12_layout"
+        "--only", nargs="+", metavar="NOTEBOOK", help="write only these, for example 09_layout"
     )
     parser.add_argument(
         "--mathjax",

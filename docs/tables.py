@@ -31,16 +31,12 @@ FAMILIES = {
 }
 BACKBONE_NAMES = dict(zip(BACKBONES, ("R50", "R101", "R50-DC5", "R101-DC5")))
 
-PARTS = {  # numbers of chapters → what they are about
-    (1, 2, 3, 4, 5): "what goes in and how it is drawn",
-    (6, 7, 15): "who answers for which object, and how wrong the answers are",
-    (8, 9, 10, 11, 16): "from pixels to boxes",
-    (12, 13, 14): "extra sets of queries: who sees whom, noise, group-wise assignment",
-    (17, 18, 19, 20, 24, 25): "a run, and what it survives",
-    (21, 22, 23): "use a model, exchange weights with other libraries, look at your own data",
-    (26, 27): "runs that are compared, steps that are timed",
-    tuple(range(30, 40)): "reading notebooks: equality with the references, the claim, what breaks",
-    tuple(range(40, 50)): "solutions of the exercises",
+PARTS = {  # chapters → what they are about
+    "book": "the method: boxes, matching, losses, attention, queries, decoder, layout, noise, groups; "
+    "and what the experiments say",
+    "runs": "from pictures to a run: data, recipes, the step, evaluation, checkpoints, use of a model",
+    "workshop": "fast on a CPU, timed steps, compared runs, equality with the references",
+    "solutions": "solutions of the exercises",
 }
 
 
@@ -52,25 +48,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def chapters() -> str:
-    """List the chapters by what they are about."""
-    numbered = {
-        int(path.stem.split("_")[0]): path for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
-    }
-    homeless = set(numbered) - {number for numbers in PARTS for number in numbers}
-    if homeless:
-        raise SystemExit(f"docs/tables.py: say in PARTS what chapters {sorted(homeless)} are about")
-
-    def links(numbers):
-        return ", ".join(
-            f"[{numbered[n].stem.replace('_', ' ')}](nbs/{numbered[n].name})"
-            for n in numbers
-            if n in numbered
-        )
-
-    return table(
-        ["chapters", "about"],
-        [[links(numbers), about] for numbers, about in PARTS.items() if links(numbers)],
-    )
+    """List the chapters by part."""
+    rows = []
+    for part, about in PARTS.items():
+        paths = sorted((NOTEBOOKS / part).glob("[0-9]*.ipynb"))
+        links = [f"[{path.stem.replace('_', ' ')}](nbs/{part}/{path.name})" for path in paths]
+        rows.append([f"`nbs/{part}`", ", ".join(links), about])
+    return table(["part", "chapters", "about"], rows)
 
 
 def models() -> str:
@@ -101,7 +85,9 @@ def models() -> str:
 
 def ledger_lines() -> list[list[str]]:
     """Read the table that chapter 53 printed."""
-    notebook = json.loads((NOTEBOOKS / "30_equivalence.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads(
+        (NOTEBOOKS / "workshop" / "53_equivalence.ipynb").read_text(encoding="utf-8")
+    )
     printed = "".join(
         "".join(output["text"])
         for cell in notebook["cells"]

@@ -9,6 +9,7 @@ __all__ = ['ACTIVATIONS', 'MLP', 'sine_embedding', 'split_heads', 'attend', 'Att
 # %% ../nbs/book/05_attention.ipynb #imports
 import math
 from functools import partial
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,7 +29,7 @@ class MLP(nn.Module):
     ):
         super().__init__()
         widths = [inputs, *[hidden] * (depth - 1), outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Float[Tensor, "*rest inputs"]) -> Float[Tensor, "*rest outputs"]:
         for layer in self.layers[:-1]:

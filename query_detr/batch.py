@@ -32,7 +32,7 @@ class Sample:
 
     image: Float[Tensor, "3 H W"]  # normalised
     boxes: Float[Tensor, "T 4"]  # cxcywh in 0..1
-    labels: Int[Tensor, "T"]  # 0..C-1
+    labels: Int[Tensor, " T"]  # 0..C-1
     image_id: int  # the id in the annotation file
     original_size: tuple[int, int]  # height, width in pixels before any resizing
     replaced_file: str = ""  # the file that could not be read, if this image took its place
@@ -63,7 +63,7 @@ class Targets(TensorFields):
     """The objects of a batch, the images' boxes one after the other."""
 
     boxes: Float[Tensor, "T 4"]  # cxcywh in 0..1
-    labels: Int[Tensor, "T"]  # 0..C-1
+    labels: Int[Tensor, " T"]  # 0..C-1
     counts: tuple[int, ...]  # boxes per image; plain numbers, so that nobody asks the device
 
     def __len__(self) -> int:
@@ -135,7 +135,7 @@ class Predictions(TensorFields):
 class Assignment(TensorFields):
     """Which query answers for which object, in all layers at once (DETR: indices)."""
 
-    batch: Int[Tensor, "M"]  # image of the pair, the same in every layer
+    batch: Int[Tensor, " M"]  # image of the pair, the same in every layer
     query: Int[Tensor, "L M"]  # query within the image
     target: Int[Tensor, "L M"]  # index into `Targets.boxes`
 

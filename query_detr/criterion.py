@@ -22,7 +22,7 @@ from .matcher import TermWeights, match, solve_tables
 
 # %% ../nbs/book/12_criterion.ipynb #weighted-total
 def weighted_total(
-    losses: dict[str, Float[Tensor, "L"]],  # by name, see `TermWeights.of`
+    losses: dict[str, Float[Tensor, " L"]],  # by name, see `TermWeights.of`
     weights: TermWeights,
 ) -> Float[Tensor, ""]:
     """Add up all terms and layers, auxiliary losses like the last layer's (DETR §3.2)."""
@@ -33,7 +33,7 @@ class CriterionOutput(NamedTuple):
     """What the criterion computed."""
 
     total: Float[Tensor, ""]
-    losses: dict[str, Float[Tensor, "L"]]  # class_loss, …, with noise also noise_class_loss, …
+    losses: dict[str, Float[Tensor, " L"]]  # class_loss, …, with noise also noise_class_loss, …
     assignment: Assignment  # of folded predictions to repeated targets, see `unfold_assignment`
 
 # %% ../nbs/book/12_criterion.ipynb #criterion
@@ -64,7 +64,7 @@ class Criterion:
 
     def matching(
         self, predictions: Predictions, targets: Targets, num_boxes: float | Tensor
-    ) -> tuple[dict[str, Float[Tensor, "L"]], Assignment]:
+    ) -> tuple[dict[str, Float[Tensor, " L"]], Assignment]:
         """Let each group find its queries for all objects: K times the boxes (Group DETR §3)."""
         folded = fold_predictions(predictions, self.groups)
         repeated = repeat_targets(targets, self.groups)
@@ -77,7 +77,7 @@ class Criterion:
 
     def denoising(
         self, predictions: Predictions, targets: Targets, num_boxes: float | Tensor, noise: Noise
-    ) -> dict[str, Float[Tensor, "L"]]:
+    ) -> dict[str, Float[Tensor, " L"]]:
         """Let noise queries find their own objects again, once per set (DN-DETR §4.3)."""
         filled, assignment = filled_slots(predictions, noise)
         return detection_loss(filled, targets, assignment, num_boxes * noise.sets, self.giou_eps)

@@ -27,7 +27,7 @@ def fold_predictions(
 def repeated_index(
     targets: Targets,
     groups: int,  # K
-) -> Int[Tensor, "KT"]:  # index into the flat targets, K · T
+) -> Int[Tensor, " KT"]:  # index into the flat targets, K · T
     """Say which object each of the repeated ones is a copy of."""
     return torch.cat([torch.arange(s.start, s.stop).repeat(groups) for s in targets.slices])
 

@@ -17,7 +17,7 @@ from .boxes import giou, to_xyxy
 # %% ../nbs/book/04_losses.ipynb #class-targets
 def class_targets(
     logits: Float[Tensor, "L B N C"],  # for its shape
-    labels: Int[Tensor, "T"],
+    labels: Int[Tensor, " T"],
     assignment: Assignment,
 ) -> Float[Tensor, "L B N C"]:  # of 0 and 1
     """Mark the wanted class of every matched query; a row of zeros says «no object»."""
@@ -29,11 +29,11 @@ def class_targets(
 # %% ../nbs/book/04_losses.ipynb #focal-loss
 def focal_loss(
     logits: Float[Tensor, "L B N C"],
-    labels: Int[Tensor, "T"],
+    labels: Int[Tensor, " T"],
     assignment: Assignment,
     alpha: float = 0.25,
     gamma: float = 2.0,
-) -> Float[Tensor, "L"]:  # summed over images, queries and classes
+) -> Float[Tensor, " L"]:  # summed over images, queries and classes
     """Sigmoid focal loss of every query (Lin et al. 2017, eq. 5), per layer."""
     wanted = class_targets(logits, labels, assignment)
     return sigmoid_focal_loss(logits, wanted, alpha, gamma).sum((1, 2, 3))
@@ -44,7 +44,7 @@ def box_loss(
     target_boxes: Float[Tensor, "T 4"],  # cxcywh in 0..1
     assignment: Assignment,
     giou_eps: float = 0.0,
-) -> tuple[Float[Tensor, "L"], Float[Tensor, "L"]]:  # both summed over the matched pairs
+) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:  # both summed over the matched pairs
     """L1 distance and 1 - GIoU of matched boxes (DETR §3.1), per layer; zeros without a pair."""
     layer = torch.arange(len(boxes), device=boxes.device)[:, None]
     predicted = boxes[layer, assignment.batch, assignment.query]  # [L, M, 4]
@@ -59,7 +59,7 @@ def detection_loss(
     assignment: Assignment,
     num_boxes: float | Tensor,  # boxes of the whole step, see chapter 12
     giou_eps: float = 0.0,
-) -> dict[str, Float[Tensor, "L"]]:  # by term, before their weights
+) -> dict[str, Float[Tensor, " L"]]:  # by term, before their weights
     """Compare predictions with the objects that were assigned to them, in all layers at once."""
     class_loss = focal_loss(predictions.logits, targets.labels, assignment)
     l1_loss, giou_loss = box_loss(predictions.boxes, targets.boxes, assignment, giou_eps)

@@ -23,6 +23,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as shortened
 from urllib.error import HTTPError
@@ -336,7 +337,7 @@ class CocoDetection:
         self.files, self.file_ends = arrays["files"], arrays["files_ends"][: len(self) + 1]
         names, ends = arrays["class_names"].tobytes(), arrays["class_names_ends"].tolist()
         self.class_names = tuple(
-            names[a:b].decode("utf-8", "surrogatepass") for a, b in itertools.pairwise(ends)
+            names[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(ends)
         )
         self.category_ids = tuple(
             arrays["category_ids"].tolist()

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
@@ -454,7 +455,7 @@ def mean_curve(runs: list[dict]) -> list[tuple[int, float]]:  # (step, AP), from
 def steps_to_reach(runs: list[dict], ap: float) -> float | None:
     """Find the step at which the mean curve first reaches an AP; None if it never does."""
     curve = mean_curve(runs)
-    for (step, low), (next_step, high) in itertools.pairwise(curve):
+    for (step, low), (next_step, high) in pairwise(curve):
         if high >= ap:
             return (
                 next_step if high == low else step + (next_step - step) * (ap - low) / (high - low)
