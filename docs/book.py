@@ -49,8 +49,8 @@ PAGE = """<!DOCTYPE html>
 
 def chapters() -> list[Path]:
     """List the notebooks in the order of the book: index, then by number."""
-    found = sorted(path for path in NOTEBOOKS.rglob("*.ipynb") if not path.name.startswith("_"))
-    return sorted(found, key=lambda path: path.stem != "index")
+    found = [path for path in NOTEBOOKS.rglob("*.ipynb") if not path.name.startswith("_")]
+    return sorted(found, key=lambda path: (path.stem != "index", path.stem))
 
 
 def label(path: Path) -> str:

@@ -360,8 +360,8 @@ def like_corners(
         & (boxes[:, 2:] <= size + 1).all(1)
     )
     suspect = fits & (boxes[:, :2] + boxes[:, 2:] > 1.1 * size).any(1)
-    everywhere = len(boxes) and fits.mean() > 0.95 and suspect.mean() > 0.2
-    return fits if everywhere else suspect
+    everywhere = len(boxes) > 0 and fits.mean() > 0.95 and suspect.mean() > 0.2
+    return np.asarray(fits if everywhere else suspect)
 
 # %% ../../nbs/runs/25_check.ipynb #check-boxes
 def check_boxes(found: Findings) -> None:
@@ -393,7 +393,7 @@ def check_boxes(found: Findings) -> None:
         corners,
         "write [left, top, width, height]: take left from right and top from bottom",
     )
-    flat = (boxes[:, 2:] <= 0).any(1)
+    flat = np.asarray((boxes[:, 2:] <= 0).any(1))
     found.about_boxes(
         "stop" if len(flat) and flat.all() else "harm",
         "box without width or height, which is left out",

@@ -299,17 +299,13 @@ class CocoDetection:
         # ~/.cache/query_detr, and no small files
         | None = None,
     ):
-        self.folder, self.path, self.limit, self.cache = (
-            Path(images),
-            Path(annotations),
-            limit,
-            cache,
-        )
+        self.folder, self.path, self.limit = Path(images), Path(annotations), limit
+        self.cache = None if cache is None else Path(cache)
         if not self.folder.is_dir():
             raise InputError(
                 f"{self.folder} is not a folder: it should hold the images that {self.path} names"
             )
-        self._take(*load_arrays(self.path, cache))
+        self._take(*load_arrays(self.path, self.cache))
         annotations, listed, sized = self.counted.tolist()
         if sized < listed:
             warnings.warn(
@@ -460,10 +456,8 @@ def resized(
     low, high = min(height, width), max(height, width)
     if longest and high / low * short > longest:
         short = round(longest * low / high)
-    long = (
-        int(short * high / low) if short else longest
-    )  # of a very long strip one row of pixels is left
-    short = max(short, 1)
+    long = int(short * high / low) if short else longest or high
+    short = max(short, 1)  # of a very long strip one row of pixels is left
     return (short, long) if height <= width else (long, short)
 
 # %% ../../nbs/runs/23_coco.ipynb #resize-short-side
@@ -589,8 +583,9 @@ class Transformed:
     def width(self, i: int) -> int:
         """Tell how many pixels wide image `i` will be, without reading it: what happens to it
         depends on (seed, epoch, image) alone."""
-        nothing = tv_tensors.BoundingBoxes(
-            torch.zeros(0, 4), format="XYXY", canvas_size=tuple(map(int, self.dataset.sizes[i]))
+        height, width = self.dataset.sizes[i]
+        nothing = tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue]
+            torch.zeros(0, 4), format="XYXY", canvas_size=(int(height), int(width))
         )
         return self.apply(i, nothing).canvas_size[1]
 
@@ -624,7 +619,9 @@ class Transformed:
     def __getitem__(self, i: int) -> Sample:
         place, (image, boxes, labels) = self.read(i)
         original_size = (image.height, image.width)
-        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=original_size)
+        boxes = tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue]
+            boxes, format="XYXY", canvas_size=original_size
+        )
         image, boxes = self.apply(i, image, boxes)
         boxes = boxes.as_subclass(Tensor)
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)

@@ -59,7 +59,7 @@ def map_arrays(
     processes."""
     try:
         content = np.memmap(path, np.uint8, "r")
-        if check and hashlib.sha256(content[:-32]).digest() != content[-32:].tobytes():
+        if check and hashlib.sha256(content[:-32].data).digest() != content[-32:].tobytes():
             return None
         record = np.load(path, mmap_mode="r")
     except (OSError, ValueError):

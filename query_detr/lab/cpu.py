@@ -23,6 +23,8 @@ from torch.nn.functional import conv2d
 
 from ..attention import Attention
 from ..batch import InputError
+from ..decoder import ConditionalCrossAttention, SelfAttention
+from ..model import QueryDETR
 
 # %% ../../nbs/workshop/50_cpu.ipynb #linear
 MIN_MULTIPLICATIONS = 2**22  # from which a convolution is worth its preparation
@@ -169,7 +171,9 @@ class PiecewiseAttention(torch.autograd.Function):
             of_value[image] += torch.einsum("qhe,qhs->hes", of_out, dropped)
             if keep is not None:
                 of_weights.mul_(keep)
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_scores = torch.ops.aten._softmax_backward_data(
+                of_weights, weights, -1, weights.dtype
+            )
             of_query[piece] = per_head(of_scores, key[image].permute(1, 2, 0)) / root
             of_key[image] += torch.einsum("qhd,qhs->hds", query[piece] / root, of_scores)
         return of_query, of_key.permute(0, 3, 1, 2), of_value.permute(0, 3, 1, 2), None, None
@@ -218,10 +222,10 @@ class MultiheadAttentionInPieces(nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights=need_weights, **options
             )
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        projected = map(conv_linear, (query, key, value), weights, biases)
+        query, key, value = map(conv_linear, (query, key, value), weights, biases)
         visible = None if key_padding_mask is None else ~key_padding_mask[:, None, None]
         dropout = self.dropout if self.training else 0.0
-        out = attend_in_pieces(*projected, self.num_heads, visible, dropout)
+        out = attend_in_pieces(query, key, value, self.num_heads, visible, dropout)
         return conv_linear(out, self.out_proj.weight, self.out_proj.bias), None
 
 # %% ../../nbs/workshop/50_cpu.ipynb #tune-malloc
@@ -285,7 +289,7 @@ class Sizes:
     cells: int  # of the feature map
 
 
-def _linear_use(model: nn.Module, sizes: Sizes) -> Use:
+def _linear_use(model: QueryDETR, sizes: Sizes) -> Use:
     """Linear layers, timed at the feed-forward network's size."""
     config = model.config
     rows = sizes.images * max(sizes.cells, config.queries * config.groups)
@@ -294,12 +298,11 @@ def _linear_use(model: nn.Module, sizes: Sizes) -> Use:
         x = torch.randn(min(rows, 4096), config.width, requires_grad=True)
         return nn.Linear(config.width, config.feedforward), (x,), {}
 
-    # torch's MultiheadAttention reads the weights of its output layer itself
-    modules = [m for m in model.modules() if type(m) is nn.Linear]
+    modules: list[nn.Module] = [m for m in model.modules() if type(m) is nn.Linear]
     return Use("linear layers", modules, make)
 
 
-def _dropout_use(model: nn.Module, sizes: Sizes) -> Use:
+def _dropout_use(model: QueryDETR, sizes: Sizes) -> Use:
     """Dropout, timed at the feed-forward network's size."""
     config = model.config
     rows = min(sizes.images * max(sizes.cells, config.queries * config.groups), 2048)
@@ -308,17 +311,15 @@ def _dropout_use(model: nn.Module, sizes: Sizes) -> Use:
         x = torch.randn(rows, config.feedforward, requires_grad=True)
         return nn.Dropout(config.dropout), (x,), {}
 
-    active = [m for m in model.modules() if type(m) is nn.Dropout and m.p > 0]
+    active: list[nn.Module] = [m for m in model.modules() if type(m) is nn.Dropout and m.p > 0]
     return Use("dropout", active, make)
 
 
 def _attention_use(
-    name: str, modules: list[nn.Module], module: nn.Module, sizes: tuple[int, ...]
+    name: str, modules: list[nn.Module], module: nn.Module, heads: int, sizes: tuple[int, ...]
 ) -> Use:
-    """An attention whose arguments are [images, queries or keys, width] for (images, Q, S, d,
-    e)."""
+    """Time an attention; sizes: images, queries, keys, and the widths of keys and of values."""
     images, queries, keys, key_width, value_width = sizes
-    heads = getattr(module, "heads", None) or module.num_heads
     queries = max(1, min(queries, SLICE_WEIGHTS // (heads * keys)))
 
     def make():
@@ -332,25 +333,26 @@ def _attention_use(
     return Use(name, modules, make)
 
 
-def uses_of(model: nn.Module, sizes: Sizes) -> list[Use]:
-    """List the kinds of use of a `QueryDETR`."""
-    config, layers = model.config, model.decoder.layers
-    width, dropout, N = config.width, config.dropout, config.queries
-    encoder = nn.MultiheadAttention(width, config.heads, dropout, batch_first=True)
-    decoder = Attention(config.heads, dropout)
-    images, cells = sizes.images, sizes.cells
-    encoders = [layer.attention for layer in model.encoder.layers]
-    selves = [layer.self_attention.attention for layer in layers]
-    crosses = [layer.cross_attention.attention for layer in layers]
+def uses_of(model: QueryDETR, sizes: Sizes) -> list[Use]:
+    """List the kinds of use of a model."""
+    config, images, cells = model.config, sizes.images, sizes.cells
+    width, heads, dropout, N = config.width, config.heads, config.dropout, config.queries
+    encoders: list[nn.Module] = [m for m in model.modules() if type(m) is nn.MultiheadAttention]
+    selves: list[nn.Module] = [m.attention for m in model.modules() if isinstance(m, SelfAttention)]
+    crosses: list[nn.Module] = [
+        m.attention for m in model.modules() if isinstance(m, ConditionalCrossAttention)
+    ]
+    encoder = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+    decoder = Attention(heads, dropout)
     in_encoder = images, cells, cells, width, width
     in_self = images * config.groups, N, N, width, width
     in_cross = images, N * config.groups, cells, 2 * width, width
     return [
         _linear_use(model, sizes),
         _dropout_use(model, sizes),
-        _attention_use("encoder attention", encoders, encoder, in_encoder),
-        _attention_use("self-attention", selves, decoder, in_self),
-        _attention_use("cross-attention", crosses, decoder, in_cross),
+        _attention_use("encoder attention", encoders, encoder, heads, in_encoder),
+        _attention_use("self-attention", selves, decoder, heads, in_self),
+        _attention_use("cross-attention", crosses, decoder, heads, in_cross),
     ]
 
 # %% ../../nbs/workshop/50_cpu.ipynb #measure
@@ -399,7 +401,7 @@ def _reaches_kernels(use: Use) -> bool:
 
 # %% ../../nbs/workshop/50_cpu.ipynb #use-fast-kernels
 def use_fast_kernels(
-    model: nn.Module,  # a `QueryDETR` on the CPU
+    model: QueryDETR,  # on the CPU
     images: int,  # of a micro-batch
     cells: int,  # of the feature map
     kernels: str = "measured",  # measured, on (all of them) or off

@@ -500,7 +500,9 @@ def compare(
             Row(
                 VARIANTS[name].label,
                 len(runs),
-                *spread,
+                spread[0],
+                spread[1],
+                spread[2],
                 steps,
                 cost,
                 steps and steps * cost / budget,

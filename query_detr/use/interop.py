@@ -563,7 +563,9 @@ def read_weights(
     source: str | Path,  # a file, a folder with model.safetensors, or an address https://…
 ) -> dict[str, Tensor]:  # name → tensor, names as they are in the file
     """Read a state dict, wherever in the file it stands."""
-    path = local_copy(source) if str(source).startswith(("https://", "http://")) else Path(source)
+    path = (
+        local_copy(str(source)) if str(source).startswith(("https://", "http://")) else Path(source)
+    )
     content = read_file(path)
     while isinstance(content, dict):
         inner = next(
@@ -845,5 +847,6 @@ def to_onnx(
             optimize=False,
         )  # whoever runs the file optimises it
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    assert program is not None  # as with dynamo=True
     with whole_file(path) as file:
         file.write(program.model_proto.SerializeToString())

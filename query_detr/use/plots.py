@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TARGET', 'PREDICTION', 'OTHER_GROUP', 'NOISE', 'MEAN', 'STD', 'RUN_COLOURS', 'alternative_text', 'described_png',
-           'describe_figures', 'new_axes', 'show_image', 'show_boxes', 'show_cost', 'show_matches', 'show_attention',
-           'role_of', 'show_visibility', 'show_noise', 'show_group_matches', 'show_match_history', 'read_metrics',
-           'run_names', 'clocks_of', 'curve', 'show_run', 'show_detections', 'has_sliders', 'explore']
+           'describe_figures', 'new_axes', 'axes_or_new', 'show_image', 'show_boxes', 'show_cost', 'show_matches',
+           'show_attention', 'role_of', 'show_visibility', 'show_noise', 'show_group_matches', 'show_match_history',
+           'read_metrics', 'run_names', 'clocks_of', 'curve', 'show_run', 'show_detections', 'has_sliders', 'explore']
 
 # %% ../../nbs/runs/40_plots.ipynb #imports
 import json
@@ -69,9 +69,8 @@ def describe_figures() -> None:
     def register(*_):
         shell.display_formatter.formatters["image/png"].for_type(Figure, described_png)
 
-    plt.switch_backend(
-        plt.get_backend()
-    )  # the notebook's own way to draw is set up now, and again after this cell
+    # the notebook's own way to draw is set up now, and again after this cell
+    plt.switch_backend(plt.get_backend())
     shell.events.register("post_run_cell", register)
 
 # %% ../../nbs/runs/40_plots.ipynb #mean-std
@@ -91,14 +90,18 @@ def new_axes(
     return axes
 
 
+def axes_or_new(ax: Axes | None, size: float = 3.2) -> Axes:
+    """Give the axes that were passed, or new ones on a figure of their own."""
+    return new_axes(size=size)[0, 0] if ax is None else ax
+
+
 def show_image(
     image,  # [3, H, W] normalised float tensor, or [H, W, 3] uint8 (tensor, array or picture)
     ax: Axes | None = None,
     title: str = "",
 ) -> Axes:
     """Draw an image in unit coordinates, so that boxes in 0..1 can be drawn on it."""
-    if ax is None:
-        ax = new_axes()[0, 0]
+    ax = axes_or_new(ax)
     image = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
     if image.is_floating_point():
         image = (image.float().permute(1, 2, 0) * STD + MEAN).clamp(0, 1)
@@ -147,8 +150,7 @@ def show_cost(
     title: str = "",
 ) -> Axes:
     """Draw the matching cost and frame the chosen cells."""
-    if ax is None:
-        ax = new_axes(size=4)[0, 0]
+    ax = axes_or_new(ax, size=4)
     mesh = ax.imshow(cost.detach().T, cmap="viridis_r", aspect="auto")
     ax.figure.colorbar(mesh, ax=ax, label="cost", shrink=0.8)
     for q, t in zip(query.tolist(), target.tolist()):
@@ -237,8 +239,7 @@ def show_visibility(
     title: str = "",
 ) -> Axes:
     """Draw who may look at whom: one colour per kind of set that looks, white where it may not."""
-    if ax is None:
-        ax = new_axes(size=4)[0, 0]
+    ax = axes_or_new(ax, size=4)
     edges = np.cumsum([0, *(size for _, size in sets)])
     picture = np.ones((*visible.shape, 3))
     for (name, _), start, end in zip(sets, edges, edges[1:]):
@@ -322,7 +323,8 @@ def show_group_matches(
         )
         ax.plot([box[0], target_box[0]], [box[1], target_box[1]], color=colour, linewidth=1.2)
         ax.text(
-            *box[:2],
+            box[0],
+            box[1],
             str(group),
             color="white",
             fontsize=7,
@@ -341,8 +343,7 @@ def show_match_history(
 ) -> Axes:
     """Draw which query answers for which object of one image as training goes on; a steady row
     is a query that keeps its object. Queries that never have one are left out."""
-    if ax is None:
-        ax = new_axes(size=4)[0, 0]
+    ax = axes_or_new(ax, size=4)
     history = history[:, (history >= 0).any(0)].T
     objects = history[history >= 0].unique()
     order = {int(o): i for i, o in enumerate(objects)}
@@ -472,11 +473,10 @@ def show_detections(
     axes: np.ndarray | None = None,  # two axes
 ) -> np.ndarray:
     """Draw ground truth and detections side by side."""
-    if axes is None:
-        axes = new_axes(1, 2)[0]
-    show_boxes(image, target_boxes, target_names, colour=TARGET, ax=axes[0], title="ground truth")
-    show_boxes(image, boxes, names, scores, colour=PREDICTION, ax=axes[1], title="detections")
-    return axes
+    left, right = new_axes(1, 2)[0] if axes is None else axes
+    show_boxes(image, target_boxes, target_names, colour=TARGET, ax=left, title="ground truth")
+    show_boxes(image, boxes, names, scores, colour=PREDICTION, ax=right, title="detections")
+    return np.array([left, right])
 
 # %% ../../nbs/runs/40_plots.ipynb #explore
 def has_sliders() -> bool:

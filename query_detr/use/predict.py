@@ -13,6 +13,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -166,7 +167,7 @@ def predict(
     # scores a little
     batch_size: int = 4,
     progress: bool = False,  # show a bar, if somebody sits at a terminal
-) -> Found | list[Found]:
+) -> Any:  # a `Found` for one image, a list of them for several
     """Detect objects in one image or in several."""
     if not 0 <= threshold <= 1:
         raise InputError(f"threshold = {threshold}: scores lie in 0..1, so must the threshold")
