@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from query_detr.batch import collate
-from query_detr.data.coco import CocoDetection, Transformed, train_transform
+from query_detr.data.coco import CocoDetection
+from query_detr.data.transforms import Transformed, train_transform
 
 IMAGES, BOXES, CLASSES = 118_287, 860_001, 80  # of train2017
 

@@ -8,7 +8,8 @@ import sys
 
 import numpy as np
 
-from query_detr.data.coco import Transformed, coco_split, train_transform
+from query_detr.data.coco import coco_split
+from query_detr.data.transforms import Transformed, train_transform
 from query_detr.run.step import Process, epoch_steps, micro_batches
 
 

@@ -32,9 +32,10 @@ FAMILIES = {
 BACKBONE_NAMES = dict(zip(BACKBONES, ("R50", "R101", "R50-DC5", "R101-DC5")))
 
 PARTS = {  # chapters → what they are about
-    "book": "the method: boxes, matching, losses, attention, queries, decoder, layout, noise, groups; "
-    "and what the experiments say",
-    "runs": "from pictures to a run: data, recipes, the step, evaluation, checkpoints, use of a model",
+    "book": "the method: boxes, matching, losses, attention, queries, decoder, layout, noise, "
+    "groups; and what the experiments say",
+    "runs": "from pictures to a run: data, recipes, the step, evaluation, checkpoints, "
+    "use of a model",
     "workshop": "fast on a CPU, timed steps, compared runs, equality with the references",
     "solutions": "solutions of the exercises",
 }

@@ -39,6 +39,7 @@ import query_detr.boxes as boxes
 import query_detr.data.check as survey
 import query_detr.data.coco as coco
 import query_detr.data.shapes as shapes
+import query_detr.data.transforms as transforms
 import query_detr.lab.cpu as cpu
 import query_detr.model as models
 import query_detr.run.checkpoints as checkpoints
@@ -83,7 +84,7 @@ def coco_folder(given: str | None) -> Path:
     if not folder.is_dir():
         raise data.InputError(
             f"{folder} is not a folder. Name COCO's with --coco or $QUERY_DETR_COCO "
-            "(python -m query_detr.data.coco download FOLDER fetches it); expected in "
+            "(python -m query_detr.data.download download FOLDER fetches it); expected in "
             f"it:\n{coco.LAYOUT.format(folder=folder)}"
         )
     return folder
@@ -257,8 +258,8 @@ def save_pictures(
     model, dataset, recipe, folder: Path, device, images: int = 8, threshold: float = 0.3
 ) -> None:
     """Draw detections beside ground truth, and the curves of the run."""
-    seen = coco.Transformed(
-        dataset, coco.eval_transform(recipe.short_side or None, recipe.longest_side)
+    seen = transforms.Transformed(
+        dataset, transforms.eval_transform(recipe.short_side or None, recipe.longest_side)
     )
     axes = plots.new_axes((min(images, len(seen)) + 1) // 2, 4, 2.6)
     for i, pair in zip(range(min(images, len(seen))), axes.reshape(-1, 2)):
@@ -379,7 +380,7 @@ def feature_cells(recipe, dataset) -> int:
     """Count the cells of the feature map of an image of middling size."""
     height, width = (int(side) for side in np.median(dataset.sizes, axis=0))
     if recipe.short_side:
-        height, width = coco.resized(height, width, recipe.short_side, recipe.longest_side)
+        height, width = transforms.resized(height, width, recipe.short_side, recipe.longest_side)
     shrinks = recipe.model.stages + 1 - recipe.model.dilation
     return -(-height // 2**shrinks) * -(-width // 2**shrinks)
 

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from query_detr.batch import collate
 from query_detr.criterion import Criterion
-from query_detr.data.coco import Transformed, train_transform
 from query_detr.data.shapes import ShapesDataset
+from query_detr.data.transforms import Transformed, train_transform
 from query_detr.denoising import Denoising
 from query_detr.model import ModelConfig, QueryDETR
 from query_detr.run.step import Process, compute_gradients, micro_batches

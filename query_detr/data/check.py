@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..batch import InputError
-from .coco import read_annotations
+from .annotations import read_annotations
 from .files import whole_file
 from ..use.plots import TARGET, new_axes, plt, show_boxes
 

@@ -233,10 +233,14 @@ class ShapesDataset:
             torch.from_numpy(scene.labels[single]),
         )
 
+    def file_name(self, i: int) -> str:
+        """Name the file that `write_coco` gives scene `i`."""
+        return f"{i:06d}.png"
+
     def ground_truth(self) -> dict:
         """Write all annotations, crowds included, in COCO's format."""
         images = [
-            dict(id=i, file_name=f"{i:06d}.png", height=SIDE, width=SIDE) for i in self.image_ids
+            dict(id=i, file_name=self.file_name(i), height=SIDE, width=SIDE) for i in self.image_ids
         ]
         annotations = []
         for i in self.image_ids:
@@ -267,5 +271,5 @@ class ShapesDataset:
         for path in (images, annotations):
             path.mkdir(parents=True, exist_ok=True)
         for i in self.image_ids:
-            self[i][0].save(images / f"{i:06d}.png")
+            self[i][0].save(images / self.file_name(i))
         (annotations / f"instances_{split}.json").write_text(json.dumps(self.ground_truth()))

@@ -28,9 +28,10 @@ import torch
 from matplotlib.axes import Axes
 
 from ..batch import InputError, exit_status
-from ..data.coco import Transformed, coco_split, train_transform
+from ..data.coco import coco_split
 from ..data.files import whole_file
 from ..data.shapes import ShapesDataset
+from ..data.transforms import Transformed, train_transform
 from ..denoising import Denoising
 from ..model import QueryDETR
 from ..run.checkpoints import has_checkpoint, load_newest

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from ..batch import Batch, InputError, Targets, fold_seed
 from ..criterion import Criterion
-from ..data.coco import Transformed, train_transform
+from ..data.transforms import Transformed, train_transform
 from ..matcher import TermWeights, instability
 from ..model import QueryDETR
 from .checkpoints import load, save, save_newest

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from ..batch import Assignment, Batch, collate, fold_seed
 from ..criterion import Criterion
-from ..data.coco import Transformed, eval_transform
+from ..data.transforms import Transformed, eval_transform
 from ..denoising import Noise, apply_noise, sample_noise
 from ..matcher import assignment_table, match, solve_tables
 from ..model import ModelConfig

@@ -34,7 +34,7 @@ from torchvision.models import resnet
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from ..batch import InputError
-from ..data.coco import fetch
+from ..data.download import fetch
 from ..data.files import whole_file
 from ..features import RESNETS
 from ..model import InferenceConfig, ModelConfig, QueryDETR

@@ -26,8 +26,8 @@ from tqdm import trange
 
 from ..batch import InputError, Sample, collate, exit_status
 from ..boxes import to_cxcywh
-from ..data.coco import eval_transform
 from ..data.files import whole_file
+from ..data.transforms import eval_transform
 from ..model import QueryDETR
 from ..run.evaluate import postprocess
 from .plots import PREDICTION, plt, show_boxes

@@ -21,17 +21,17 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from query_detr.batch import InputError, Sample, collate
-from query_detr.data import coco
-from query_detr.data.coco import (
-    CocoDetection,
+from query_detr.data import annotations
+from query_detr.data.coco import CocoDetection
+from query_detr.data.files import map_arrays, whole_file, write_arrays
+from query_detr.data.shapes import ShapesDataset
+from query_detr.data.transforms import (
     Transformed,
     eval_transform,
     resized,
     to_tensor,
     train_transform,
 )
-from query_detr.data.files import map_arrays, whole_file, write_arrays
-from query_detr.data.shapes import ShapesDataset
 
 SCENES = ShapesDataset(12, seed=0)
 
@@ -80,8 +80,10 @@ def same(a, b):
 @pytest.fixture
 def readings(monkeypatch):
     """Count how often a json is read."""
-    read, paths = coco.read_annotations, []
-    monkeypatch.setattr(coco, "read_annotations", lambda path: paths.append(path) or read(path))
+    read, paths = annotations.read_annotations, []
+    monkeypatch.setattr(
+        annotations, "read_annotations", lambda path: paths.append(path) or read(path)
+    )
     return paths
 
 
@@ -180,7 +182,7 @@ def test_damaged_arrays_are_made_anew(folder, readings):
 
 def test_arrays_of_another_version_are_not_read(folder, readings, monkeypatch):
     open_set(folder)
-    monkeypatch.setattr(coco, "VERSION", coco.VERSION + 1)
+    monkeypatch.setattr(annotations, "VERSION", annotations.VERSION + 1)
     open_set(folder)
     assert len(readings) == 2 and len(kept(folder)) == 2
 
@@ -207,7 +209,7 @@ def test_default_folder(folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "xdg"))
     monkeypatch.delenv("QUERY_DETR_CACHE", raising=False)
     assert open_set(folder, cache=None).kept is None  # a small file
-    monkeypatch.setattr(coco, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(annotations, "WORTH_KEEPING", 1)
     assert open_set(folder, cache=None).kept.parent == folder / "xdg" / "query_detr"
     monkeypatch.setenv("QUERY_DETR_CACHE", str(folder / "mine"))
     assert open_set(folder, cache=None).kept.parent == folder / "mine"

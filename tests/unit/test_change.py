@@ -12,8 +12,8 @@ from torchvision.models import resnet
 from query_detr import criterion, denoising, features, model
 from query_detr.batch import Assignment, Predictions, Targets, collate
 from query_detr.criterion import Criterion
-from query_detr.data.coco import Transformed, eval_transform
 from query_detr.data.shapes import ShapesDataset
+from query_detr.data.transforms import Transformed, eval_transform
 from query_detr.denoising import Denoising, Noise, apply_noise, sample_noise
 from query_detr.groups import repeat_targets
 from query_detr.matcher import TermWeights

@@ -15,9 +15,10 @@ from zipfile import ZipFile
 
 import pytest
 
-import query_detr.data.coco as coco
 from query_detr.batch import InputError
-from query_detr.data.coco import coco_split, fetch
+from query_detr.data import download as downloads
+from query_detr.data.coco import coco_split
+from query_detr.data.download import fetch
 from query_detr.data.shapes import ShapesDataset
 
 CONTENT = bytes(range(251)) * 4000  # 1,004,000 bytes whose place can be told
@@ -244,7 +245,9 @@ def test_wrong_addresses_are_told(tmp_path, address, said):
 
 
 def test_no_room_is_told_before_the_download(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(coco.shutil, "disk_usage", lambda folder: SimpleNamespace(free=900_000))
+    monkeypatch.setattr(
+        downloads.shutil, "disk_usage", lambda folder: SimpleNamespace(free=900_000)
+    )
     with pytest.raises(InputError, match="file.bin needs 0.00 GB.* free"):
         fetch(f"{server.address}/file.bin", tmp_path / "file.bin")
     broken_part = tmp_path / "file.bin.part"
@@ -298,7 +301,7 @@ def coco_server(server, tmp_path_factory):
 
 def command(server, folder, *options, capsys):
     """Run the command within this process."""
-    status = coco.command_line(["download", str(folder), "--source", server.address, *options])
+    status = downloads.command_line(["download", str(folder), "--source", server.address, *options])
     captured = capsys.readouterr()
     return status, captured.out + captured.err
 
@@ -309,7 +312,7 @@ def started(server, folder, *options):
         [
             sys.executable,
             "-m",
-            "query_detr.data.coco",
+            "query_detr.data.download",
             "download",
             str(folder),
             "--source",
@@ -392,12 +395,12 @@ def test_killed_command_leaves_nothing_half_done(coco_server, tmp_path):
 
 def official(monkeypatch, server, name):
     """Make what the server has the official archive."""
-    archive = coco.ARCHIVES[name]
+    archive = downloads.ARCHIVES[name]
     content = server.files[f"/{archive.address}"]
     monkeypatch.setitem(
-        coco.ARCHIVES,
+        downloads.ARCHIVES,
         name,
-        coco.Archive(archive.address, len(content), md5(content), len(content), archive.gives),
+        downloads.Archive(archive.address, len(content), md5(content), len(content), archive.gives),
     )
 
 
@@ -406,10 +409,10 @@ def test_archives_are_checked_and_a_changed_byte_is_found(coco_server, tmp_path,
     whole = coco_server.files["/zips/val2017.zip"]
     coco_server.files["/zips/val2017.zip"] = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
     with pytest.raises(InputError, match="checksum"):
-        coco.download(tmp_path, "val", coco_server.address)
+        downloads.download(tmp_path, "val", coco_server.address)
     assert names(tmp_path) == []
     coco_server.files["/zips/val2017.zip"] = whole
-    coco.download(tmp_path, "val", coco_server.address)
+    downloads.download(tmp_path, "val", coco_server.address)
     assert names(tmp_path) == ["val2017"]
 
 
@@ -419,14 +422,14 @@ def test_unpacking_that_fails_leaves_nothing_half_done(coco_server, tmp_path, mo
         whole[:20_000] + bytes([whole[20_000] ^ 1]) + whole[20_001:]
     )
     with pytest.raises(InputError, match="could not be unpacked .*delete it"):
-        coco.download(tmp_path, "val", coco_server.address, unchecked=True)
+        downloads.download(tmp_path, "val", coco_server.address, unchecked=True)
     assert not (tmp_path / "val2017").exists()
     (tmp_path / "val2017.zip").write_bytes(packed({"images/1.jpg": b""}))
     with pytest.raises(InputError, match="contains no val2017"):
-        coco.download(tmp_path, "val", coco_server.address, unchecked=True)
+        downloads.download(tmp_path, "val", coco_server.address, unchecked=True)
     (tmp_path / "val2017.zip").unlink()
     coco_server.files["/zips/val2017.zip"] = whole
-    coco.download(
+    downloads.download(
         tmp_path, "val", coco_server.address, unchecked=True
     )  # and clears away what was left
     assert names(tmp_path) == ["val2017"] and len(names(tmp_path / "val2017")) == 4
@@ -436,7 +439,7 @@ def test_unpacking_keeps_what_is_there(coco_server, tmp_path):
     (tmp_path / "val2017").mkdir()  # empty: made by hand
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_val2017.json").write_text("mine")
-    coco.download(tmp_path, "val,annotations", coco_server.address, unchecked=True)
+    downloads.download(tmp_path, "val,annotations", coco_server.address, unchecked=True)
     assert (tmp_path / "annotations" / "instances_val2017.json").read_text() == "mine"
     assert (
         json.loads((tmp_path / "annotations" / "instances_train2017.json").read_text())["images"]
@@ -446,15 +449,15 @@ def test_unpacking_keeps_what_is_there(coco_server, tmp_path):
 
 def test_room_for_packed_and_unpacked_is_asked_for_beforehand(server, tmp_path, monkeypatch):
     free = 38_000_000_000  # enough for each of the archives, not for train2017 twice and the rest
-    monkeypatch.setattr(coco.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     with pytest.raises(InputError, match="needs 40.37 GB, but .* has 38.00 GB free"):
-        coco.download(tmp_path, source=server.address)
+        downloads.download(tmp_path, source=server.address)
     assert not server.asked
     part = tmp_path / "train2017.zip.part"
     part.touch(), os.truncate(part, 15_000_000_000)  # a hole, which takes no room
-    assert coco.space_needed(tmp_path, list(coco.ARCHIVES.values()), False) == pytest.approx(
-        25.37e9, rel=1e-3
-    )
-    assert coco.space_needed(tmp_path, list(coco.ARCHIVES.values()), True) == pytest.approx(
-        26.44e9, rel=1e-3
-    )
+    assert downloads.space_needed(
+        tmp_path, list(downloads.ARCHIVES.values()), False
+    ) == pytest.approx(25.37e9, rel=1e-3)
+    assert downloads.space_needed(
+        tmp_path, list(downloads.ARCHIVES.values()), True
+    ) == pytest.approx(26.44e9, rel=1e-3)
