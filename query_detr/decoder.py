@@ -76,10 +76,10 @@ def join_heads(
 class Parts(NamedTuple):
     """Queries and keys of conditional cross-attention before they are put together."""
 
-    query_content: Tensor  # [B, N, D]
-    query_spatial: Tensor  # [B, N, D]
-    key_content: Tensor  # [B, S, D]
-    key_spatial: Tensor  # [B, S, D]
+    query_content: Float[Tensor, "B Q D"]
+    query_spatial: Float[Tensor, "B Q D"]
+    key_content: Float[Tensor, "B S D"]
+    key_spatial: Float[Tensor, "B S D"]
 
 # %% ../nbs/book/08_decoder.ipynb #cross-attention
 class ConditionalCrossAttention(nn.Module):

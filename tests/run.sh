@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install the package with its development tools into the active Python environment and run every test: notebooks, then modules.
+# Install the package with its development tools into the active Python environment and run every
+# test: notebooks, then modules.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python -m pip install --quiet --editable '.[dev]'
