@@ -403,62 +403,44 @@ def main(
     check_data: bool = False,  # look for faults in the data, draw some of it, and stop
     output: str | None = None,  # folder of the run; default: runs/RECIPE, numbered if taken
     resume: str
-    # auto: continue from the newest good checkpoint of the output folder, or begin if there is
-    # none; or continue from this file
-    | None = None,
+    | None = None,  # auto: from the output folder's newest checkpoint; or from this file
     eval_only: bool = False,  # evaluate --checkpoint and stop
     checkpoint: str | None = None,  # weights to start from, or to evaluate
     per_class: bool = False,  # after the evaluation, AP of every class
     per_layer: bool = False,  # after the evaluation, AP of every decoder layer
     duplicates: bool = False,  # after the evaluation, how often an object is found
     group: int | None = None,  # with --eval-only: evaluate this group of queries instead of group 0
-    replay: str
-    | None = None,  # take a step again that went wrong, from the file that it left, and stop
+    replay: str | None = None,  # take a step again that went wrong, from its file, and stop
     epochs: int | None = None,  # instead of the recipe's
     batch_size: int | None = None,  # images of one optimisation step in total, over all processes
-    micro_batch: int
-    # most images that one process holds at once; the rest of its share is accumulated
-    | None = None,
-    amp: str
-    | None = None,  # bf16: multiply matrices in bfloat16; boxes, costs and losses stay in float32
+    micro_batch: int | None = None,  # most images that one process holds; the rest is accumulated
+    amp: str | None = None,  # bf16: multiply matrices in bfloat16; boxes and losses stay in float32
     compile: bool = False,  # compile the model's layers with torch.compile
     seed: int = 0,  # of initial values, shuffling, augmentation, dropout and noise
-    backbone_weights: str
-    | None = None,  # imagenet, none, or a file with a torchvision ResNet's weights
+    backbone_weights: str | None = None,  # imagenet, none, or a file of a torchvision ResNet
     limit_train: int | None = None,  # use only the first images for training
     limit_val: int | None = None,  # use only the first images for validation
-    overfit: int
-    # train and evaluate on this many training images: the first thing to try when nothing learns
-    | None = None,
-    workers: int
-    # processes that load images, per training process; default: 4 with a GPU, else 0
-    | None = None,
-    set_: tuple[str, ...] = (),  # FIELD=VALUE … change any field of the recipe, see --print-recipe
+    overfit: int | None = None,  # train and evaluate on so few images: if nothing learns, try this
+    workers: int | None = None,  # processes that load images; default: 4 per GPU, on a CPU 0
+    set_: list[str]
+    | None = None,  # FIELD=VALUE … change any field of the recipe, see --print-recipe
     list_recipes: bool = False,  # show all recipes and stop
     print_recipe: str | None = None,  # show all fields of this recipe, or of --recipe, and stop
-    against: str
-    # with --print-recipe: show only the fields in which that recipe differs from this one
-    | None = None,
+    against: str | None = None,  # with --print-recipe: only the fields that differ from this one's
     save_every: int = 1000,  # steps between checkpoints; one is written after every epoch too
-    # stop, or skip: replace an image that cannot be read by its neighbour, and count
-    on_bad_image: str = "stop",
+    on_bad_image: str = "stop",  # or skip: replace an unreadable image by its neighbour, and count
     tensorboard: bool = False,  # write TensorBoard's files into the run folder too
     kernels: str = "measured",  # on a CPU: measured (what is faster here), on or off
-    # after every epoch, log the share of queries that answer for another object than an epoch
-    # before
-    log_instability: bool = False,
+    log_instability: bool = False,  # log how many queries changed their object since last epoch
 ) -> dict:
     """Train a recipe on COCO (or on drawn scenes), evaluate it, and leave a folder with numbers,
     weights and pictures."""
     if list_recipes:
-        return (
-            print(
-                "\n".join(
-                    f"{r.name:<32} {r.published_ap or '':<5} {r.source}" for r in recipes.RECIPES
-                )
-            )
-            or {}
+        print(
+            *(f"{r.name:<32} {r.published_ap or '':<5} {r.source}" for r in recipes.RECIPES),
+            sep="\n",
         )
+        return {}
     own = own_files(
         train_images=train_images, train_json=train_json, val_images=val_images, val_json=val_json
     )
@@ -466,10 +448,14 @@ def main(
     if not eval_only:
         check_restarts(resume, output)
     if replay:
-        return print(runs.replay(replay)) or {}
-    chosen = choose_recipe(print_recipe or recipe, epochs, batch_size, amp, set_, backbone_weights)
+        print(runs.replay(replay))
+        return {}
+    chosen = choose_recipe(
+        print_recipe or recipe, epochs, batch_size, amp, set_ or [], backbone_weights
+    )
     if print_recipe is not None:
-        return print(recipe_text(chosen, against)) or {}
+        print(recipe_text(chosen, against))
+        return {}
     if check_data:
         return look_at_data(chosen, coco, own, output)
     process = start_process()
@@ -481,7 +467,7 @@ def main(
     with first_alone(process):
         train_set, val_set = datasets(chosen, coco, limit_train, limit_val, overfit, own)
         chosen, weights, about_file = open_checkpoint(chosen, checkpoint)
-        chosen = match_classes(chosen, train_set, val_set, set_)
+        chosen = match_classes(chosen, train_set, val_set, set_ or [])
         model, about_weights = build_model(chosen, weights, checkpoint, seed, not eval_only)
     for said in (idle_gpus_hint(sys.argv[1:]), about_file, about_weights):
         if said and process.rank == 0:
@@ -694,8 +680,8 @@ def make_parser(function=main) -> argparse.ArgumentParser:
         option, default = f"--{name.strip('_').replace('_', '-')}", parameter.default
         kind = int if "int" in str(parameter.annotation) else str
         how = dict(action="store_true") if default is False else dict(type=kind, default=default)
-        if default == ():
-            how = dict(nargs="+", default=[], action="extend", metavar="FIELD=VALUE")
+        if name == "set_":
+            how = dict(nargs="+", action="extend", metavar="FIELD=VALUE")
         if name == "resume":
             how = dict(nargs="?", const="auto", metavar="FILE")
         if name == "print_recipe":

@@ -7,8 +7,10 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-GROUND_FLOOR = """boxes batch matcher losses attention features queries decoder layout denoising
-groups criterion model""".split()
+GROUND_FLOOR = (
+    *("boxes", "batch", "matcher", "losses", "attention", "features", "queries", "decoder"),
+    *("layout", "denoising", "groups", "criterion", "model"),
+)
 if os.environ.get("QUERY_DETR_SHAPES") != "0":  # 0: for tests of compiling and exporting
     install_import_hook([f"query_detr.{name}" for name in GROUND_FLOOR], "typecheck.check")
 

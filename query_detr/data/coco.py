@@ -68,11 +68,9 @@ class CocoDetection:
         images: str | Path,  # folder with the image files
         annotations: str | Path,  # COCO json; category ids may have any numbering
         limit: int | None = None,  # keep only the first images, in the order of their ids
-        cache: str
-        | Path
         # folder that keeps the arrays; default: $QUERY_DETR_CACHE ("": none), else
         # ~/.cache/query_detr, and no small files
-        | None = None,
+        cache: str | Path | None = None,
     ):
         self.folder, self.path, self.limit = Path(images), Path(annotations), limit
         self.cache = None if cache is None else Path(cache)

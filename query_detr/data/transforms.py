@@ -20,8 +20,7 @@ def resized(
     height: int,
     width: int,  # pixels
     short: int,  # wanted shorter side
-    longest: int
-    | None = None,  # limit of the longer side; rounding can exceed it by a pixel, as in DETR
+    longest: int | None = None,  # limit of the longer side; rounding may exceed it by a pixel
 ) -> tuple[int, int]:  # height, width
     """Compute the size that DETR resizes to: the shorter side as asked unless the longer one
     would get too long."""

@@ -552,8 +552,7 @@ def draw_ap(
     results: dict[str, list[dict]],
     names: list[str],
     ax: Axes,
-    costs: dict[str, dict]
-    | None = None,  # seconds_per_step of `measure_costs`: draw AP against time
+    costs: dict[str, dict] | None = None,  # of `measure_costs`: draw AP against time
     title: str = "",
 ) -> Axes:
     """Draw AP of variants: the mean of the seeds as a line with its name, their range as a band."""

@@ -76,9 +76,8 @@ def micro_batches(
     step: list[int],  # images of one step
     process: Process,
     limit: int | None = None,  # most images that the process can hold at once
-    width_of: Callable[[int], int]
     # tells how wide an image will be; images of like width then come together, which saves padding
-    | None = None,
+    width_of: Callable[[int], int] | None = None,
 ) -> list[list[int]]:
     """Take this process's share of a step, in pieces that it can hold. Which images make up the
     step does not depend on it."""

@@ -112,7 +112,7 @@ def show_image(
 
 # %% ../../nbs/runs/40_plots.ipynb #show-boxes
 def show_boxes(
-    image: Tensor,  # as in `show_image`
+    image,  # as in `show_image`
     boxes: Tensor,  # [T, 4] cxcywh in 0..1
     names: list[str] | None = None,  # [T] written at the boxes
     scores: Tensor | None = None,  # [T] in 0..1, written behind the names
@@ -350,7 +350,7 @@ def show_match_history(
     table = np.array([[order.get(int(o), np.nan) for o in row] for row in history], dtype=float)
     ax.imshow(table, cmap="Set3", vmin=-0.5, vmax=11.5, aspect="auto", interpolation="nearest")
     ax.set(xlabel="epoch", ylabel="query that was ever matched", title=title, yticks=[])
-    ax.set_xticks(range(table.shape[1]), range(1, table.shape[1] + 1))
+    ax.set_xticks(range(table.shape[1]), [str(i + 1) for i in range(table.shape[1])])
     return ax
 
 # %% ../../nbs/runs/40_plots.ipynb #read-metrics
@@ -473,10 +473,10 @@ def show_detections(
     axes: np.ndarray | None = None,  # two axes
 ) -> np.ndarray:
     """Draw ground truth and detections side by side."""
-    left, right = new_axes(1, 2)[0] if axes is None else axes
-    show_boxes(image, target_boxes, target_names, colour=TARGET, ax=left, title="ground truth")
-    show_boxes(image, boxes, names, scores, colour=PREDICTION, ax=right, title="detections")
-    return np.array([left, right])
+    pair = new_axes(1, 2)[0] if axes is None else axes
+    show_boxes(image, target_boxes, target_names, colour=TARGET, ax=pair[0], title="ground truth")
+    show_boxes(image, boxes, names, scores, colour=PREDICTION, ax=pair[1], title="detections")
+    return pair
 
 # %% ../../nbs/runs/40_plots.ipynb #explore
 def has_sliders() -> bool:
