@@ -483,7 +483,7 @@ def main(
         if said and process.rank == 0:
             print(said)
     if group is not None:
-        model = models.one_group(model, group)
+        model = models.extract_group(model, group)
     model, workers = (
         model.to(process.device),
         (4 if process.device != "cpu" else 0) if workers is None else workers,
@@ -669,7 +669,7 @@ def run(
         kept.usage = models.InferenceConfig(
             val_set.class_names, recipe.short_side, recipe.longest_side, recipe.keep
         )
-        kept.to_folder(folder)
+        checkpoints.save_model(kept, folder)
         save_pictures(kept, val_set, recipe, folder, process.device)
     return report(recipe, metrics, folder, process, progress)
 

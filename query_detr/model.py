@@ -4,26 +4,20 @@
 
 # %% auto #0
 __all__ = ['QUERY_TYPES', 'BACKBONES', 'ModelConfig', 'InferenceConfig', 'build_backbone', 'QueryDETR', 'initialise_',
-           'one_group', 'config_from_dict']
+           'extract_group', 'config_from_dict']
 
 # %% ../nbs/book/13_model.ipynb #imports
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from .attention import ACTIVATIONS, MLP, xavier_
 from .batch import InputError, Predictions
 from .boxes import inverse_sigmoid
-from .data.files import whole_file
 from .decoder import Decoder
 from .denoising import Denoising, LabelEmbedding, Noise, add_noise
 from .features import Backbone, Encoder, Memory, ResNetBackbone, downsample_mask
@@ -197,40 +191,6 @@ class QueryDETR(nn.Module):
         start = inverse_sigmoid(reference, self.config.sigmoid_eps)
         return torch.cat([offset[..., :known] + start, offset[..., known:]], -1).sigmoid()
 
-    def to_folder(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `model.json`: all that using the model elsewhere needs."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
-        }
-        with whole_file(Path(folder) / "model.safetensors") as file:
-            file.write(safetensors_bytes(weights))
-        about = dict(config=asdict(self.config), usage=asdict(self.usage))
-        with whole_file(Path(folder) / "model.json") as file:
-            file.write(json.dumps(about, indent=1).encode())
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "QueryDETR":
-        """Read what `to_folder` wrote; the model comes ready for inference."""
-        files = [Path(folder) / name for name in ("model.json", "model.safetensors")]
-        for file in files:
-            if not file.is_file():
-                raise InputError(
-                    f"{file} does not exist: name a folder with model.json and model.safetensors, "
-                    "such as a finished run's"
-                )
-        try:
-            about = json.loads(files[0].read_text())
-            names = tuple(about["usage"]["class_names"])
-            usage = InferenceConfig(**{**about["usage"], "class_names": names})
-            model = cls(config_from_dict(about["config"]), usage)
-            model.load_state_dict(load_file(files[1]))
-        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise InputError(
-                f"{folder} cannot be read as a model ({str(error).splitlines()[0]}): copy it again"
-            ) from None
-        return model.eval()
-
 # %% ../nbs/book/13_model.ipynb #initialise
 def initialise_(model: QueryDETR) -> None:
     """Initialise as the references do (Xavier; focal prior: Lin et al. 2017, §4.1)."""
@@ -248,7 +208,7 @@ def initialise_(model: QueryDETR) -> None:
         nn.init.zeros_(parameter)
 
 # %% ../nbs/book/13_model.ipynb #one-group
-def one_group(
+def extract_group(
     model: QueryDETR,
     group: int,  # 0 to K - 1
 ) -> QueryDETR:

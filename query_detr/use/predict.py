@@ -29,6 +29,7 @@ from ..boxes import to_cxcywh
 from ..data.files import whole_file
 from ..data.transforms import eval_transform
 from ..model import QueryDETR
+from ..run.checkpoints import load_model
 from ..run.evaluate import postprocess
 from .plots import PREDICTION, plt, show_boxes
 
@@ -298,9 +299,7 @@ def main(
     files, folder = image_files(images), Path(output)
     for file in files:
         open_picture(file)  # a broken one is better found now than after an hour
-    detector = QueryDETR.from_folder(model).to(
-        device or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    detector = load_model(model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     prepare_output(folder, files)
     results, drawn = (
         predict(detector, files, threshold, batch_size, progress=True),

@@ -15,7 +15,7 @@ from query_detr import launch
 from query_detr.batch import InputError, Targets
 from query_detr.data.shapes import ShapesDataset
 from query_detr.denoising import Denoising, apply_noise, sample_noise
-from query_detr.model import QueryDETR, one_group
+from query_detr.model import QueryDETR, extract_group
 from query_detr.run import checkpoints
 from query_detr.run.recipes import recipe_named
 
@@ -366,7 +366,7 @@ def test_group_is_for_evaluation_and_must_exist(capsys, tmp_path):
         "--eval-only",
     )
     with pytest.raises(InputError, match="groups 0 to 2"):
-        one_group(QueryDETR(recipe_named("shapes_group").model), 3)
+        extract_group(QueryDETR(recipe_named("shapes_group").model), 3)
 
 
 def test_batch_with_more_objects_than_the_noise_sets_hold():

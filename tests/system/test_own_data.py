@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from query_detr import launch
 from query_detr.data.shapes import ShapesDataset
-from query_detr.model import QueryDETR
+from query_detr.run.checkpoints import load_model
 from query_detr.use.predict import predict
 
 TINY = [
@@ -74,7 +74,7 @@ def run(*options):
 def test_training_on_own_data_ends_in_a_model_that_predicts(own, tmp_path, capsys):
     assert run(*own) == 0
     folder = tmp_path / "runs" / "shapes_dn"
-    model = QueryDETR.from_folder(folder)
+    model = load_model(folder)
     assert (
         model.config.classes == 5 and len(model.usage.class_names) == 5 and model.usage.keep == 100
     )

@@ -17,8 +17,6 @@ MACHINERY = {"os", "sys", "pathlib", "subprocess", "multiprocessing", "socket", 
 ALLOWED_UP = {  # imports that point up today, each with its reason
     ("batch", "sys"),  # `exit_status`, which the one command replaces
     ("data.check", "use.plots"),  # the contact sheet
-    ("model", "data.files"),  # folders of models, which belong to the run floor's checkpoints
-    ("model", "pathlib"),
 }
 
 
@@ -71,7 +69,7 @@ def upward(trees: dict[str, ast.Module]) -> set[tuple[str, str]]:
         found |= {(name, target) for target in inside if floor(target) > floor(name)}
         if floor(name) == 0:
             strange = outside - GROUND_LIBRARIES - (sys.stdlib_module_names - MACHINERY)
-            found |= {(name, library) for library in strange - {"safetensors"}}
+            found |= {(name, library) for library in strange}
     return found
 
 

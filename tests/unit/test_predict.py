@@ -18,6 +18,7 @@ from query_detr.batch import InputError, Predictions
 from query_detr.boxes import to_cxcywh
 from query_detr.data.shapes import CLASSES, draw_scene
 from query_detr.model import InferenceConfig, QueryDETR
+from query_detr.run.checkpoints import save_model
 from query_detr.use.predict import annotated_names, command_line, image_files, open_picture, predict
 
 BOX = [10, 20, 40, 50]  # xyxy in pixels of `picture`
@@ -238,7 +239,7 @@ def photos(tmp_path):
 
 def test_command(small, photos, tmp_path):
     model = detector(small).eval()
-    model.to_folder(tmp_path / "model")
+    save_model(model, tmp_path / "model")
     Image.fromarray(draw_scene(0, 7).image).save(tmp_path / "0.jpg")
     command = [
         sys.executable,
@@ -296,7 +297,7 @@ def test_command(small, photos, tmp_path):
 
 
 def test_command_can_be_repeated_and_never_writes_over_other_files(small, photos, tmp_path, capsys):
-    detector(small).to_folder(tmp_path / "model")
+    save_model(detector(small), tmp_path / "model")
     command = [
         str(tmp_path / "model"),
         str(photos),
@@ -379,7 +380,7 @@ def test_senseless_numbers_are_refused(options):
 
 
 def test_command_refuses_in_one_line(small, photos, tmp_path, capsys):
-    detector(small).to_folder(tmp_path / "model")
+    save_model(detector(small), tmp_path / "model")
     wrong = broken(tmp_path)
     (tmp_path / "nothing").mkdir()
     good = [str(tmp_path / "model"), str(photos)]
@@ -407,7 +408,7 @@ def test_command_refuses_in_one_line(small, photos, tmp_path, capsys):
 
 
 def test_a_broken_picture_is_told_before_the_work(small, photos, tmp_path, monkeypatch, capsys):
-    detector(small).to_folder(tmp_path / "model")
+    save_model(detector(small), tmp_path / "model")
     (photos / "z.png").write_text("broken")
     monkeypatch.setattr(
         "query_detr.use.predict.detect_batch",
