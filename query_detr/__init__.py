@@ -4,7 +4,7 @@ A small model, untrained, on a drawn scene; `query-detr train shapes_demo` train
 
 >>> from query_detr import QueryDETR, ShapesDataset, predict, recipes
 >>> model = QueryDETR(recipes["shapes_demo"].model)
->>> found = predict(model, ShapesDataset(1).scene(0).image, threshold=0.0)
+>>> found = predict(model, ShapesDataset(1)[0][0], threshold=0.0)
 
 The names below are loaded when they are first asked for, so `import query_detr` costs nothing.
 """

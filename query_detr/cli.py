@@ -311,12 +311,13 @@ class Import:
         from pathlib import Path
 
         from query_detr.batch import InputError
+        from query_detr.run.checkpoints import save_model
         from query_detr.use.interop import import_model
 
         if (Path(self.output) / "model.safetensors").exists():
             raise InputError(f"{self.output} already holds a model: name another folder")
         model = import_model(self.source, self.groups, self.heads, self.dilation or None)
-        model.to_folder(self.output)
+        save_model(model, self.output)
         print(
             f"{self.output}: {model.config.backbone}, {model.config.classes} classes, "
             f"{model.config.queries} queries"
@@ -333,10 +334,10 @@ class Export:
 
     def run(self) -> None:
         """Read the model and write it in the other form."""
-        from query_detr.model import QueryDETR
+        from query_detr.run.checkpoints import load_model
         from query_detr.use.interop import to_onnx, to_transformers
 
-        model = QueryDETR.from_folder(self.model)
+        model = load_model(self.model)
         (to_onnx if self.format == "onnx" else to_transformers)(model, self.output)
         print(f"{self.output}: {self.format}")
 
