@@ -184,7 +184,8 @@ class Train:
         check_named(self.recipe, "train")
         options = flat(self)
         del options["help_recipe"]
-        launch(**options, set_=assignments(options.pop("set")))
+        chosen = assignments(options.pop("set"))
+        launch(**options, set_=chosen)
 
 # %% ../nbs/runs/39_cli.ipynb #evaluate
 @dataclass
@@ -208,7 +209,8 @@ class Evaluate:
         from query_detr.launch import main as launch
 
         options = flat(self)
-        launch(**options, eval_only=True, set_=assignments(options.pop("set")))
+        chosen = assignments(options.pop("set"))
+        launch(**options, eval_only=True, set_=chosen)
 
 # %% ../nbs/runs/39_cli.ipynb #recipes
 @dataclass
@@ -454,10 +456,10 @@ def one_line(box: str) -> str:  # what tyro says of a mistake
     """Take the message out of its box, with the nearest option or sub-command."""
     sections = [""]
     for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
-        text = line.strip("│ ")
-        if text.startswith("───"):
+        text = line.strip("│| ")
+        if text and not text.strip("─-"):
             sections.append("")
-        elif text and text[0] not in "╭╰":
+        elif text and text[0] not in "╭╰+":
             sections[-1] += f" {text}"
     lines = [shorter(section.strip(), sections[0]) for section in sections]
     return " ".join(line if line[-1] in ".?" else f"{line}." for line in lines if line)

@@ -86,7 +86,7 @@ def test_wrong_input_is_one_line_and_status_2(line, word, capsys, monkeypatch, t
 
 
 def test_several_set_are_joined():
-    command = cli.parse("train a --set x=1 y=2 --set z=3".split())
+    command = cli.parse(["train", "a", "--set", "x=1", "y=2", "--set", "z=3"])
     assert cli.assignments(command.about_recipe.set) == ["x=1", "y=2", "z=3"]
 
 
@@ -99,7 +99,9 @@ def test_two_recipes_are_compared(capsys):
 def test_every_option_of_launch_main_is_passed_on(monkeypatch):
     given = {}
     monkeypatch.setattr("query_detr.launch.main", lambda **options: given.update(options))
-    assert cli.main("train shapes_demo --epochs 3 --set width=8 --coco c".split()) == 0
+    assert (
+        cli.main(["train", "shapes_demo", "--epochs=3", "--set", "width=8", "--coco", "c"]) == 0
+    )
     assert (given["recipe"], given["epochs"], given["coco"]) == ("shapes_demo", 3, "c")
     assert given["set_"] == ["width=8"]
 
