@@ -461,6 +461,8 @@ def one_line(box: str) -> str:  # what tyro says of a mistake
             sections.append("")
         elif text and text[0] not in "╭╰+":
             sections[-1] += f" {text}"
+    if "╭" not in box:  # without Unicode the title has a section of its own
+        sections = sections[1:] or sections
     lines = [shorter(section.strip(), sections[0]) for section in sections]
     return " ".join(line if line[-1] in ".?" else f"{line}." for line in lines if line)
 
