@@ -112,7 +112,7 @@ def check_launch(words: list[str]) -> argparse.Namespace:
     named = [name for name in (given.recipe, given.print_recipe, given.against) if name]
     for name in named:
         recipe_named(name)
-    set_fields(recipe_named(named[0]), given.set_)
+    set_fields(recipe_named(named[0]), given.set_ or [])
     return given
 
 
