@@ -20,6 +20,8 @@ setup(
     author_email=settings["author_email"],
     keywords=settings["keywords"],
     packages=find_packages(include=["query_detr", "query_detr.*"]),
+    package_data={"query_detr": ["py.typed"]},
+    entry_points={"console_scripts": ["query-detr=query_detr.cli:main"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={

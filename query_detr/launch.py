@@ -7,7 +7,7 @@ __all__ = ['start_process', 'idle_gpus_hint', 'coco_folder', 'own_files', 'datas
            'open_checkpoint', 'build_model', 'look_at_data', 'match_classes', 'save_pictures', 'draw_detections',
            'effort', 'closing_table', 'choose_recipe', 'recipe_text', 'choose_folder', 'feature_cells', 'speed_up',
            'main', 'check_options', 'check_restarts', 'first_alone', 'shared', 'resume_run', 'evaluate_closely', 'run',
-           'report', 'make_parser', 'command_line', 'complain']
+           'report', 'comments_of', 'last_lines', 'make_parser', 'command_line', 'run_and_tell', 'complain']
 
 # %% ../nbs/runs/38_launch.ipynb #path
 import os
@@ -20,18 +20,23 @@ if (
 
 # %% ../nbs/runs/38_launch.ipynb #imports
 import argparse
+import ast
 import inspect
+import io
 import json
+import textwrap
+import tokenize
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from fastcore.docments import docments
 from torch.nn.parallel import DistributedDataParallel
 
 import query_detr.batch as data
@@ -40,6 +45,7 @@ import query_detr.data.check as survey
 import query_detr.data.coco as coco
 import query_detr.data.shapes as shapes
 import query_detr.data.transforms as transforms
+import query_detr.features as features
 import query_detr.lab.cpu as cpu
 import query_detr.model as models
 import query_detr.run.checkpoints as checkpoints
@@ -72,9 +78,11 @@ def idle_gpus_hint(arguments: list[str]) -> str | None:
     gpus, used = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus <= used:
         return None
+    as_command = Path(sys.argv[0]).stem in ("query-detr", "cli")
+    script = "-m query_detr.cli" if as_command else "query_detr/launch.py"
     return (
         f"{gpus - used} of {gpus} GPUs are idle; to use all: torchrun --nproc_per_node "
-        f"{gpus} query_detr/launch.py {' '.join(arguments)}"
+        f"{gpus} {script} {' '.join(arguments)}"
     )
 
 # %% ../nbs/runs/38_launch.ipynb #coco-folder
@@ -94,15 +102,16 @@ def own_files(
     **files: str | None,
 ) -> list[str]:  # train_images, train_json, val_images, val_json; or none
     """Take the user's own images and annotations; of the four options all are needed, or none."""
+    given = [file for file in files.values() if file]
     missing = [f"--{name.replace('_', '-')}" for name, file in files.items() if not file]
-    if len(missing) == len(files):
+    if not given:
         return []
     if missing:
         raise data.InputError(
             "own data needs images and a COCO json for training and for validation: "
             f"{', '.join(missing)} is missing"
         )
-    return list(files.values())
+    return given
 
 
 def datasets(
@@ -111,7 +120,7 @@ def datasets(
     limit_train: int | None,
     limit_val: int | None,
     overfit: int | None = None,
-    own: tuple[str, ...] = (),
+    own: Sequence[str] = (),
 ):
     """Open the training and the validation set; to overfit, both are the same few training
     images."""
@@ -126,9 +135,9 @@ def datasets(
         return shapes.ShapesDataset(
             limit_train or 4000, seed=1, most=recipe.scene_objects
         ), shapes.ShapesDataset(limit_val or 200, seed=0)
-    folder = coco_folder(folder)
-    return coco.coco_split(folder, "train2017", limit_train), coco.coco_split(
-        folder, "val2017", limit_val
+    place = coco_folder(folder)
+    return coco.coco_split(place, "train2017", limit_train), coco.coco_split(
+        place, "val2017", limit_val
     )
 
 # %% ../nbs/runs/38_launch.ipynb #adapt
@@ -198,8 +207,9 @@ def build_model(
     torch.manual_seed(seed)
     model = models.QueryDETR(recipe.model)
     if weights:
-        return model, checkpoints.fill_model(model, weights, source, fine_tune)
+        return model, checkpoints.fill_model(model, weights, source or "the weights", fine_tune)
     if recipe.backbone_weights != "none":
+        assert isinstance(model.backbone, features.ResNetBackbone)
         checkpoints.load_backbone(model.backbone, recipe.model.backbone, recipe.backbone_weights)
     return model, ""
 
@@ -561,9 +571,9 @@ def first_alone(process):
             dist.barrier()
 
 
-def shared(process, choose):
+def shared(process, choose: Callable[[], Any]) -> Any:
     """Let the first process choose something and tell the others."""
-    chosen = [choose() if process.rank == 0 else None]
+    chosen: list[Any] = [choose() if process.rank == 0 else None]
     if process.world > 1:
         dist.broadcast_object_list(chosen)
     return chosen[0]
@@ -655,6 +665,7 @@ def run(
         evaluate_closely(progress.judged, val_set, recipe, process, options.workers, asked)
     if process.rank == 0:
         kept = progress.judged
+        assert isinstance(kept, models.QueryDETR)
         kept.usage = models.InferenceConfig(
             val_set.class_names, recipe.short_side, recipe.longest_side, recipe.keep
         )
@@ -669,26 +680,49 @@ def report(recipe, metrics: dict, folder: Path | None, process, progress=None) -
         print(closing_table(recipe, metrics, folder, effort(progress, process) if progress else ""))
     return metrics
 
+# %% ../nbs/runs/38_launch.ipynb #comments-of
+def comments_of(thing: Any) -> dict[str, str]:
+    """Read the comments beside or above the parameters of a function or the fields of a class."""
+    source = textwrap.dedent(inspect.getsource(thing))
+    ends, texts = last_lines(ast.parse(source).body[0]), {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        name = next((name for name, end in ends.items() if end >= token.start[0]), None)
+        if token.type == tokenize.COMMENT and name:
+            texts.setdefault(name, []).append(token.string.strip("# "))
+    return {name: " ".join(texts.get(name, [])) for name in ends}
+
+
+def last_lines(definition: ast.stmt) -> dict[str, int]:
+    """Say in which line of its definition each parameter or field ends."""
+    if isinstance(definition, ast.ClassDef):
+        fields = [part for part in definition.body if isinstance(part, ast.AnnAssign)]
+        return {ast.unparse(part.target): part.end_lineno or 0 for part in fields}
+    assert isinstance(definition, ast.FunctionDef)
+    parameters = definition.args.args
+    without = [None] * (len(parameters) - len(definition.args.defaults))
+    ends = zip(parameters, [*without, *definition.args.defaults], strict=True)
+    return {one.arg: (one if default is None else default).end_lineno or 0 for one, default in ends}
+
 # %% ../nbs/runs/38_launch.ipynb #make-parser
 def make_parser(function=main) -> argparse.ArgumentParser:
     """Turn a function's parameters and their comments into command-line options."""
     parser = argparse.ArgumentParser(
         prog="query_detr/launch.py", description=function.__doc__, allow_abbrev=False
     )
-    comments = docments(function)
+    comments = comments_of(function)
     for name, parameter in inspect.signature(function).parameters.items():
         option, default = f"--{name.strip('_').replace('_', '-')}", parameter.default
         kind = int if "int" in str(parameter.annotation) else str
-        how = dict(action="store_true") if default is False else dict(type=kind, default=default)
+        how: dict[str, Any] = (
+            dict(action="store_true") if default is False else dict(type=kind, default=default)
+        )
         if name == "set_":
             how = dict(nargs="+", action="extend", metavar="FIELD=VALUE")
         if name == "resume":
             how = dict(nargs="?", const="auto", metavar="FILE")
         if name == "print_recipe":
             how = dict(nargs="?", const="", metavar="RECIPE")
-        parser.add_argument(
-            option, dest=name, help=(comments[name] or "").replace("%", "%%"), **how
-        )
+        parser.add_argument(option, dest=name, help=comments[name].replace("%", "%%"), **how)
     return parser
 
 # %% ../nbs/runs/38_launch.ipynb #command-line
@@ -696,10 +730,15 @@ def command_line(
     arguments: list[str] | None = None,
 ) -> int:  # exit status: 0 done, 1 fault, 2 wrong input, 143 stopped by SIGTERM after saving
     """Run `main` with command-line arguments; what went wrong is told in a line or two."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     options = vars(make_parser().parse_args(arguments))
+    return run_and_tell(lambda: main(**options))
+
+
+def run_and_tell(command: Callable[[], object]) -> int:  # exit status, as of `command_line`
+    """Run a command; tell what went wrong in a line or two."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        main(**options)
+        command()
     except runs.Preempted as said:
         return print(said, file=sys.stderr) or 143
     except (data.InputError, runs.Fault) as error:

@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from query_detr import launch
+from query_detr import cli, launch
 from query_detr.data.shapes import ShapesDataset
 from query_detr.lab import experiments
 from query_detr.model import QueryDETR
 from query_detr.run.checkpoints import save
 from query_detr.run.recipes import recipe_named, recipes, set_fields, settings
-from query_detr.use.predict import predict
+from query_detr.use import predict
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -49,9 +49,13 @@ SMALL_MODEL = [
     "short_side=64",
     "longest_side=96",
 ]
+NAMES = {
+    path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "query_detr").rglob("*.py")
+}
 MODULES = {
-    f"query_detr.{path.stem}": importlib.import_module(f"query_detr.{path.stem}")
-    for path in (ROOT / "query_detr").glob("*.py")
+    name: importlib.import_module(name)
+    for path, name in NAMES.items()
     if "def make_parser(" in path.read_text(encoding="utf-8")
 }
 EXTRAS = {"dev", "export", "widgets"}
@@ -108,7 +112,7 @@ def check_launch(words: list[str]) -> argparse.Namespace:
     named = [name for name in (given.recipe, given.print_recipe, given.against) if name]
     for name in named:
         recipe_named(name)
-    set_fields(recipe_named(named[0]), given.set_)
+    set_fields(recipe_named(named[0]), given.set_ or [])
     return given
 
 
@@ -155,6 +159,8 @@ def check_command(words: list[str]) -> None:
         check_command(rest)
     elif program == "torchrun":
         check_launch(rest)
+    elif program == "query-detr":
+        cli.parse(rest)
     elif program == "python" and rest[0] == "-m":
         check_module(rest)
     elif program == "python":
