@@ -1,4 +1,4 @@
-"Install query_detr; name, version and requirements are those of settings.ini."
+"""Install query_detr; name, version and requirements are those of settings.ini."""
 
 from configparser import ConfigParser
 from pathlib import Path
@@ -20,6 +20,7 @@ setup(
     author_email=settings["author_email"],
     keywords=settings["keywords"],
     packages=find_packages(include=["query_detr", "query_detr.*"]),
+    package_data={"query_detr": ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={
