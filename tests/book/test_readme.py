@@ -24,7 +24,7 @@ from query_detr.lab import experiments
 from query_detr.model import QueryDETR
 from query_detr.run.checkpoints import save
 from query_detr.run.recipes import recipe_named, recipes, set_fields, settings
-from query_detr.use.predict import predict
+from query_detr.use import predict
 
 ROOT = Path(__file__).parents[2]
 PAGES = {

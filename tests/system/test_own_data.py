@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from query_detr import launch
 from query_detr.data.shapes import ShapesDataset
 from query_detr.run.checkpoints import load_model
-from query_detr.use.predict import predict
+from query_detr.use import predict
 
 TINY = [
     "--epochs",

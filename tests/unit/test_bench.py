@@ -17,6 +17,8 @@ from query_detr.lab.bench import (
 )
 
 TINY = Workload("shapes_group", features=(4, 5), boxes=3, threads=1)
+# targets with more objects than the model has queries are meant here
+MORE_OBJECTS = pytest.mark.filterwarnings("ignore:an image has more objects")
 
 
 def test_parts_of_a_step_add_up_to_it():
@@ -51,6 +53,7 @@ def test_inference_of_groups_runs_what_a_single_group_runs():
     assert training[0] > training[1]
 
 
+@MORE_OBJECTS
 def test_matching_finds_the_pairs_of_the_plain_way():
     found = measure_matching(
         Workload("shapes_group", threads=1), boxes=(1, 8, 40), repeat=1
@@ -99,6 +102,7 @@ def test_growth_is_fitted():
     assert "fit" in bench.table_growth(found)
 
 
+@MORE_OBJECTS
 def test_numbers_go_into_a_file(tmp_path, capsys):
     arguments = [
         "--recipe",

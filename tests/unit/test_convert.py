@@ -430,6 +430,7 @@ def test_what_transformers_cannot_express_is_refused(transformers, change, tmp_p
         to_transformers(QueryDETR(replace(SMALL, **change)), tmp_path)
 
 
+@pytest.mark.compiled
 def test_onnx_takes_any_batch_and_size(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
