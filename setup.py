@@ -1,4 +1,4 @@
-"Install query_detr; name, version and requirements are those of settings.ini."
+"""Install query_detr; name, version and requirements are those of settings.ini."""
 
 from configparser import ConfigParser
 from pathlib import Path

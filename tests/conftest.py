@@ -3,16 +3,16 @@
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
 GROUND_FLOOR = (
     *("boxes", "batch", "matcher", "losses", "attention", "features", "queries", "decoder"),
     *("layout", "denoising", "groups", "criterion", "model"),
 )
-if os.environ.get("QUERY_DETR_SHAPES") != "0":  # 0: for tests of compiling and exporting
-    install_import_hook([f"query_detr.{name}" for name in GROUND_FLOOR], "typecheck.check")
+MODULES = [f"query_detr.{name}" for name in GROUND_FLOOR]
+jaxtyping.install_import_hook(MODULES, "typecheck.check")  # before query_detr is imported
 
 from query_detr.lab import cpu
 from query_detr.model import ModelConfig, QueryDETR
@@ -51,6 +51,16 @@ def small():
 def quiet_and_repeatable():
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+@pytest.fixture(autouse=True)
+def shapes(request):
+    """Verify shapes in annotations, except where a test compiles: a check cannot be traced."""
+    unchecked = request.node.get_closest_marker("compiled") is not None
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", before or unchecked)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(params=["off", "on", "measured"])

@@ -50,15 +50,14 @@ class Golden:
         return torch.from_numpy(self.arrays[key])
 
     def model(self) -> QueryDETR:
-        """Build our model with the reference's weights; the backbone, which the reference has
-        not, stays as drawn."""
+        """Build our model with the reference's weights.
+
+        The backbone, which the stored reference has not, stays as drawn.
+        """
         model = QueryDETR(self.config)
         model.project = torch.nn.Conv2d(self["inputs/features"].shape[1], self.config.width, 1)
-        own, given = (
-            {k for k in model.state_dict() if not k.startswith("backbone.")},
-            from_detrex(self.weights),
-        )
-        assert own == set(given)
+        given = from_detrex(self.weights)
+        assert set(given) == {k for k in model.state_dict() if not k.startswith("backbone.")}
         model.load_state_dict(given, strict=False)
         return model
 
@@ -67,25 +66,19 @@ class Golden:
         return from_detrex({k: k for k in self.weights})
 
     def targets(self) -> Targets:
-        boxes, labels = (
-            [self[f"inputs/target_{what}_{i}"] for i in range(IMAGES)]
-            for what in ("boxes", "labels")
-        )
+        boxes = [self[f"inputs/target_boxes_{i}"] for i in range(IMAGES)]
+        labels = [self[f"inputs/target_labels_{i}"] for i in range(IMAGES)]
         return Targets(torch.cat(boxes), torch.cat(labels), tuple(map(len, labels)))
 
     def draws(self) -> NoiseDraws:
         """What the reference drew; it numbers objects set by set, as we do."""
-        sets, flip = (
-            self.config.denoising.sets,
-            self["dn/draw_label_p"] < self.config.denoising.label_flip,
-        )
-        label = torch.zeros_like(flip, dtype=torch.int64).masked_scatter(
-            flip, self["dn/draw_new_labels"]
-        )
+        how = self.config.denoising
+        flip = self["dn/draw_label_p"] < how.label_flip
+        zeros = torch.zeros_like(flip, dtype=torch.int64)
+        label = zeros.masked_scatter(flip, self["dn/draw_new_labels"])
+        shift = 2 * self["dn/draw_box_u"] - 1
         return NoiseDraws(
-            flip.view(sets, -1),
-            label.view(sets, -1),
-            (2 * self["dn/draw_box_u"] - 1).view(sets, -1, 4),
+            flip.view(how.sets, -1), label.view(how.sets, -1), shift.view(how.sets, -1, 4)
         )
 
     def noise(self) -> Noise | None:

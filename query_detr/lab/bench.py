@@ -263,7 +263,13 @@ def matmul_rate(
     multiply: Callable = torch.matmul,
 ) -> float:  # operations per second
     """Measure how fast this machine multiplies matrices; as everywhere, a multiplication and an
-    addition count as two."""
+    addition count as two.
+
+    Where one large product would take more than ten times `seconds`, as in bfloat16 on a processor
+    that does not multiply it natively, smaller ones are timed.
+    """
+    if size > 512 and 2 * size**3 > 10 * seconds * matmul_rate(dtype, device, 256, 0.01, multiply):
+        size = 512
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     multiply(a, b), wait()

@@ -104,10 +104,8 @@ def check_launch(words: list[str]) -> argparse.Namespace:
     started = torchrun_parser().parse_args(
         ["2" if word == "$SLURM_NNODES" else word for word in words]
     )
-    assert (
-        started.training_script == "query_detr/launch.py"
-        and (ROOT / started.training_script).exists()
-    )
+    assert started.training_script == "query_detr/launch.py"
+    assert (ROOT / started.training_script).exists()
     given = launch.make_parser().parse_args(started.training_script_args)
     named = [name for name in (given.recipe, given.print_recipe, given.against) if name]
     for name in named:
@@ -118,7 +116,8 @@ def check_launch(words: list[str]) -> argparse.Namespace:
 
 def check_module(words: list[str]) -> None:
     """Parse a line of `python -m`."""
-    assert words[0] == "-m" and words[1] in MODULES, words
+    assert words[0] == "-m", words
+    assert words[1] in MODULES, words
     parser = MODULES[words[1]].make_parser()
     given = parser.parse_args(words[2:])
     if hasattr(given, "only"):
@@ -138,10 +137,8 @@ def development_tools() -> set[str]:
     """What the extra dev brings."""
     parser = ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini", encoding="utf-8")
-    assert (
-        all(f"{extra}_requirements" in parser["DEFAULT"] for extra in EXTRAS)
-        and '("dev", "export", "widgets")' in (ROOT / "setup.py").read_text()
-    )
+    assert all(f"{extra}_requirements" in parser["DEFAULT"] for extra in EXTRAS)
+    assert '("dev", "export", "widgets")' in (ROOT / "setup.py").read_text()
     return {
         re.split("[<>=]", requirement)[0]
         for requirement in parser["DEFAULT"]["dev_requirements"].split()
@@ -197,7 +194,8 @@ def test_every_command_is_understood(page, words):
 
 def test_the_two_commands_are_the_first():
     first, second = (commands(block)[-1] for block in blocks("README.md")[:2])
-    assert first == ["torchrun", "query_detr/launch.py", "--recipe", "shapes_demo"] and second == [
+    assert first == ["torchrun", "query_detr/launch.py", "--recipe", "shapes_demo"]
+    assert second == [
         "bash",
         "tests/run.sh",
     ]
@@ -269,16 +267,16 @@ def test_one_group_is_evaluated_and_recipes_are_compared(elsewhere, capsys):
     save({"model": QueryDETR(recipe.model).state_dict()}, "runs/shapes_group/checkpoint.pt")
     assert run_small(lines_with("--group")[0]) == 0
     (line,) = lines_with("--print-recipe")
-    assert launch.command_line(line[1:]) == 0 and capsys.readouterr().out.endswith(
-        "model.groups = 3  (shapes_demo: 1)\n"
-    )
+    assert launch.command_line(line[1:]) == 0
+    assert capsys.readouterr().out.endswith("model.groups = 3  (shapes_demo: 1)\n")
 
 
 def test_training_on_coco(elsewhere):
     (line,) = lines_with("--nproc_per_node", "--coco")
     for split, seed in (("train2017", 1), ("val2017", 0)):
         ShapesDataset(4, seed).write_coco(elsewhere / "path" / "to" / "coco", split)
-    assert run_small(line) == 0 and Path("runs/group_detr_12ep/checkpoint.pt").exists()
+    assert run_small(line) == 0
+    assert Path("runs/group_detr_12ep/checkpoint.pt").exists()
 
 
 def test_evaluation_of_a_checkpoint(elsewhere):
@@ -288,7 +286,8 @@ def test_evaluation_of_a_checkpoint(elsewhere):
     recipe = set_fields(recipe_named("group_detr_12ep"), SMALL_MODEL)
     small = set_fields(recipe, ["classes=5"])
     save({"model": QueryDETR(small.model).state_dict()}, line[line.index("--checkpoint") + 1])
-    assert run_small(line) == 0 and not Path("runs").exists()
+    assert run_small(line) == 0
+    assert not Path("runs").exists()
 
 
 def test_own_data_from_the_check_to_the_pictures(elsewhere):
@@ -299,16 +298,12 @@ def test_own_data_from_the_check_to_the_pictures(elsewhere):
         (elsewhere / "drawn" / "annotations" / f"instances_{name}.json").rename(f"{name}.json")
     *training, predicting = commands(block)
     assert [run_small(words[1:]) for words in training] == [0] * 3
-    assert (
-        sorted(path.name for path in Path("runs").iterdir()) == ["overfit", "shapes_dn"]
-        and Path("data_check/train.png").exists()
-    )
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["overfit", "shapes_dn"]
+    assert Path("data_check/train.png").exists()
     images = [str(path) for path in sorted(Path("val").iterdir())[:2]]
     at = predicting.index("IMAGE")
-    assert (
-        predict.command_line([*predicting[3:at], *images, *predicting[at + 2 :]]) == 0
-        and Path("found/detections.json").exists()
-    )
+    assert predict.command_line([*predicting[3:at], *images, *predicting[at + 2 :]]) == 0
+    assert Path("found/detections.json").exists()
 
 
 # --- everything else that a page names
@@ -390,7 +385,8 @@ def test_tables_are_what_recipes_results_and_chapter_30_say():
 
 def test_every_line_of_the_ledger_is_in_the_table():
     made, lines = tables().ledger(), tables().ledger_lines()
-    assert len(lines) >= 22 and all(float(seen) <= float(limit) for _, _, limit, seen, _ in lines)
+    assert len(lines) >= 22
+    assert all(float(seen) <= float(limit) for _, _, limit, seen, _ in lines)
     assert sum(
         len(re.findall(rf"\| {re.escape('0' if float(seen) == 0 else seen)} ", made)) > 0
         for *_, seen, _ in lines
@@ -415,7 +411,8 @@ def test_published_numbers_are_in_the_table_once_each():
 
 def test_picture_is_small_and_described():
     ((text, file),) = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", PAGES["README.md"])
-    assert (ROOT / file).stat().st_size <= 150_000 and len(text) > 100
+    assert (ROOT / file).stat().st_size <= 150_000
+    assert len(text) > 100
 
 
 def test_the_pages_name_no_place_of_their_making():

@@ -99,7 +99,8 @@ def test_run_folder_holds_recipe_numbers_weights_and_pictures(trained):
     }
     assert json.loads((run / "recipe.json").read_text())["model"]["width"] == 16
     evaluations = [r for r in records(run) if "AP" in r]
-    assert [r["epoch"] for r in evaluations] == [1, 2] and len(table(output)) == 12
+    assert [r["epoch"] for r in evaluations] == [1, 2]
+    assert len(table(output)) == 12
     assert table(output)["AP_small"] == pytest.approx(evaluations[-1]["AP_small"], abs=6e-4)
 
 
@@ -107,14 +108,15 @@ def test_evaluation_gives_the_same_numbers_on_two_processes(trained):
     folder, _ = trained
     how = [*TINY, "--eval-only", "--checkpoint", "runs/shapes_demo/checkpoint.pt"]
     one, two = (table(finished(*how, processes=n, cwd=folder)) for n in (1, 2))
-    assert len(one) == 12 and one == two and not (folder / "runs" / "shapes_demo-2").exists()
+    assert len(one) == 12
+    assert one == two
+    assert not (folder / "runs" / "shapes_demo-2").exists()
 
 
 def test_two_processes_train_as_one_run(trained, tmp_path):
     output = finished(*TINY, processes=2, cwd=tmp_path)
-    assert output.count("Recipe shapes_demo") == 1 and [
-        p.name for p in (tmp_path / "runs").iterdir()
-    ] == ["shapes_demo"]
+    assert output.count("Recipe shapes_demo") == 1
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["shapes_demo"]
     ours, theirs = (records(folder / "runs" / "shapes_demo") for folder in (tmp_path, trained[0]))
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     losses = [[r["loss"] for r in run if "loss" in r] for run in (ours, theirs)]
@@ -147,15 +149,16 @@ def test_groups_and_noise_train_on_two_processes_and_log_instability(tmp_path):
     finished(*how, "--log-instability", processes=2, cwd=tmp_path)
     run = tmp_path / "runs" / "shapes_group_dn"
     logged = [r for r in records(run) if "objects_of_queries" in r]
-    assert [r["epoch"] for r in logged] == [1, 2] and len(logged[0]["objects_of_queries"]) == 8
-    assert (
-        "instability" not in logged[0]
-        and 0 <= logged[1]["instability"] <= logged[1]["instability_of_matched"] <= 1
-    )
+    assert [r["epoch"] for r in logged] == [1, 2]
+    assert len(logged[0]["objects_of_queries"]) == 8
+    assert "instability" not in logged[0]
+    assert 0 <= logged[1]["instability"] <= logged[1]["instability_of_matched"] <= 1
     assert all(r["noise_l1_loss"] > 0 for r in records(run) if "loss" in r)
     evaluated = [*how, "--eval-only", "--checkpoint", str(run / "checkpoint.pt")]
     first, zero, one = (
         table(finished(*evaluated, *group, cwd=tmp_path))
         for group in ([], ["--group", "0"], ["--group", "1"])
     )
-    assert len(first) == 12 and first == zero and one.keys() == first.keys()
+    assert len(first) == 12
+    assert first == zero
+    assert one.keys() == first.keys()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from query_detr import launch
 from query_detr.data.shapes import ShapesDataset
 from query_detr.run.checkpoints import load_model
-from query_detr.use.predict import predict
+from query_detr.use import predict
 
 TINY = [
     "--epochs",
@@ -75,16 +75,17 @@ def test_training_on_own_data_ends_in_a_model_that_predicts(own, tmp_path, capsy
     assert run(*own) == 0
     folder = tmp_path / "runs" / "shapes_dn"
     model = load_model(folder)
-    assert (
-        model.config.classes == 5 and len(model.usage.class_names) == 5 and model.usage.keep == 100
-    )
+    assert model.config.classes == 5
+    assert len(model.usage.class_names) == 5
+    assert model.usage.keep == 100
     image = next((tmp_path / "all" / "val2017").iterdir())
     assert (
         predict.command_line([str(folder), str(image), "--output", "found", "--threshold", "0"])
         == 0
     )
     rows = json.loads(Path("found/detections.json").read_text())
-    assert rows and "the 100 best detections" in capsys.readouterr().out
+    assert rows
+    assert "the 100 best detections" in capsys.readouterr().out
     evaluated = ["--eval-only", "--checkpoint", str(folder / "checkpoint.pt")]
     assert run(*own, *evaluated) == 0
     assert (
@@ -116,10 +117,11 @@ def test_fine_tuning_on_other_classes_begins_anew_only_what_depends_on_them(
     assert (
         "begun anew for other classes: class_head.weight, class_head.bias, labels.table.weight"
         in said
-        and "kept" in said
     )
+    assert "kept" in said
     after = load_file("tuned/model.safetensors")
-    assert after["class_head.bias"].shape == (2,) and after["labels.table.weight"].shape == (3, 15)
+    assert after["class_head.bias"].shape == (2,)
+    assert after["labels.table.weight"].shape == (3, 15)
     assert torch.allclose(
         after["box_head.layers.0.weight"], before["box_head.layers.0.weight"], atol=1e-6
     )
@@ -150,11 +152,9 @@ def test_data_is_checked_before_training(own, tmp_path, capsys):
     damaged.write_bytes(b"not a picture")
     assert run(*own, "--check-data") == 2
     output, error = capsys.readouterr()
-    assert (
-        damaged.name in output
-        and own[3] in error
-        and own[7] not in error
-        and Path("data_check/train.png").stat().st_size > 10_000
-        and not Path("runs").exists()
-    )
+    assert damaged.name in output
+    assert own[3] in error
+    assert own[7] not in error
+    assert Path("data_check/train.png").stat().st_size > 10_000
+    assert not Path("runs").exists()
     assert launch.command_line(["--recipe", "shapes_demo", "--check-data"]) == 2

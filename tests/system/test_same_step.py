@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conditions import relative_difference
 from step_worker import CASES, IMAGES, gradients
 
 from query_detr.run.step import Process
 
 WORKER = Path(__file__).parents[1] / "step_worker.py"
-
-
-def relative_difference(ours, theirs):
-    """Largest difference of two gradients, in units of 1e-5 · max(1, max |g|)."""
-    largest = max(g.abs().max().item() for g in theirs.values())
-    return max((ours[k] - theirs[k]).abs().max().item() for k in theirs) / (1e-5 * max(1, largest))
 
 
 def in_processes(number, micro_batch, folder, case):

@@ -1,17 +1,22 @@
-"""What CONTRIBUTING promises to somebody who changes the model.
+"""What CONTRIBUTING promises to somebody who adds something: it is one definition in one place.
 
-A new kind of noise, of query or of backbone is one definition in one place.
+A kind of noise, of query, of backbone or of data, a field of targets, a loss.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 from torchvision.models import resnet
 
 from query_detr import criterion, denoising, features, model
 from query_detr.batch import Assignment, Predictions, Targets, collate
 from query_detr.criterion import Criterion
+from query_detr.data.coco import DetectionDataset
 from query_detr.data.shapes import ShapesDataset
 from query_detr.data.transforms import Transformed, eval_transform
 from query_detr.denoising import Denoising, Noise, apply_noise, sample_noise
@@ -23,9 +28,9 @@ from query_detr.run.recipes import Recipe, recipe_named
 from query_detr.run.step import evaluate, make_optimizer, make_schedule, train_step
 
 
-def learn(recipe: Recipe, steps: int = 2) -> QueryDETR:
+def learn(recipe: Recipe, steps: int = 2, scenes: DetectionDataset | None = None) -> QueryDETR:
     """Take steps as a run does, and evaluate."""
-    scenes = ShapesDataset(4, seed=0)
+    scenes = scenes or ShapesDataset(4, seed=0)
     pictures = Transformed(scenes, eval_transform(short=None))
     batch = collate([pictures[i] for i in range(4)])
     learner = QueryDETR(recipe.model).train()
@@ -178,3 +183,93 @@ def test_another_backbone_is_one_line(recipe, monkeypatch):
     monkeypatch.setitem(features.RESNETS, "resnet14", (resnet.BasicBlock, [1, 2, 2, 1]))
     learner = learn(replace(recipe, model=replace(recipe.model, backbone="resnet14")))
     assert [len(stage) for stage in learner.backbone.stages] == [1, 2, 2]
+
+
+def test_a_backbone_of_timm_is_one_class_and_its_name(recipe, monkeypatch):
+    timm = pytest.importorskip("timm")
+
+    class TimmBackbone(nn.Module):
+        """The last feature map of any of timm's image models."""
+
+        def __init__(self, name: str):
+            super().__init__()
+            self.body = timm.create_model(name, features_only=True, out_indices=(-1,))
+            self.channels = self.body.feature_info.channels()[-1]
+
+        def forward(self, images):
+            return self.body(images)[-1]
+
+        def compiled_parts(self):
+            return [self.body]
+
+    monkeypatch.setitem(
+        model.BACKBONES, "mobilenet", lambda c: TimmBackbone("mobilenetv3_small_050")
+    )
+    learner = learn(replace(recipe, model=replace(recipe.model, backbone="mobilenet")))
+    assert isinstance(learner.backbone, features.Backbone)
+    assert learner.project.weight.grad.abs().max() > 0
+    assert next(learner.backbone.parameters()).grad.abs().max() > 0
+
+
+class YoloFolder:
+    """Pictures, and beside each a text file with a line `label cx cy w h` for every object."""
+
+    def __init__(self, folder: Path, class_names: list[str]):
+        self.paths, self.class_names = sorted(folder.glob("*.png")), class_names
+        self.image_ids = range(len(self.paths))
+        self.category_ids = range(len(class_names))
+        sizes = [self.picture(i).size[::-1] for i in self.image_ids]
+        self.sizes = np.array(sizes)  # height, width
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i: int):
+        lines = self.paths[i].with_suffix(".txt").read_text().splitlines()
+        rows = torch.tensor([[float(word) for word in line.split()] for line in lines])
+        label, center, size = rows.view(-1, 5).split([1, 2, 2], 1)
+        corners = torch.cat([center - size / 2, center + size / 2], 1)
+        height, width = self.sizes[i].tolist()
+        boxes = corners * torch.tensor([width, height, width, height])
+        return self.picture(i), boxes, label[:, 0].long()
+
+    def picture(self, i: int):
+        with Image.open(self.paths[i]) as file:
+            return file.convert("RGB")
+
+    def file_name(self, i: int):
+        return self.paths[i].name
+
+    def ground_truth(self):
+        images, annotations = [], []
+        for i, (height, width) in enumerate(self.sizes.tolist()):
+            images.append(dict(id=i, file_name=self.file_name(i), height=height, width=width))
+            _, boxes, labels = self[i]
+            for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
+                box = [x0, y0, x1 - x0, y1 - y0]
+                one = dict(image_id=i, category_id=label, bbox=box, area=box[2] * box[3], iscrowd=0)
+                annotations.append(dict(id=len(annotations) + 1, **one))
+        categories = [dict(id=i, name=name) for i, name in enumerate(self.class_names)]
+        return dict(images=images, annotations=annotations, categories=categories)
+
+
+def write_yolo(scenes: ShapesDataset, folder: Path):
+    """Save scenes as pictures and text files."""
+    for i in range(len(scenes)):
+        picture, boxes, labels = scenes[i]
+        picture.save(folder / f"{i}.png")
+        corners = boxes / torch.tensor([*picture.size, *picture.size])
+        center, size = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+        rows = torch.cat([center, size], 1).tolist()
+        lines = [" ".join(map(str, [label, *row])) for label, row in zip(labels.tolist(), rows)]
+        (folder / f"{i}.txt").write_text("\n".join(lines))
+
+
+def test_another_format_of_data_is_one_class(recipe, tmp_path):
+    scenes = ShapesDataset(4, seed=0)
+    write_yolo(scenes, tmp_path)
+    folder = YoloFolder(tmp_path, list(scenes.class_names))
+    for i in range(len(scenes)):
+        assert torch.allclose(folder[i][1], scenes[i][1].float(), atol=1e-3)
+        assert torch.equal(folder[i][2], scenes[i][2])
+    learn(recipe, scenes=folder)

@@ -7,18 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conditions import difference, flips_never_draw_no_object, some_targets
 
-from query_detr.batch import Targets
 from query_detr.criterion import Criterion
 from query_detr.denoising import Denoising, apply_noise, sample_noise
 from query_detr.model import QueryDETR
 
 NOISE = Denoising(sets=3, label_flip=1.0, box_noise=1.0)
-
-
-def some_targets(counts):
-    total = sum(counts)
-    return Targets(torch.rand(total, 4) * 0.5 + 0.25, torch.randint(5, (total,)), tuple(counts))
 
 
 def noise_losses(outcome):
@@ -39,13 +34,6 @@ def take_step(small, targets, denoising=NOISE, noise=None):
     outcome = Criterion(groups=2)(predictions, targets, max(1, len(targets)), noise)
     outcome.total.backward()
     return model, outcome
-
-
-def flips_never_draw_no_object() -> bool:
-    """Condition of test_flipped_labels_are_classes."""
-    targets = some_targets([2000])
-    labels = sample_noise(NOISE, 5, targets, (0,), 0, 0).label
-    return labels.min() == 0 and labels.max() == 4
 
 
 def test_flipped_labels_are_classes():
@@ -146,13 +134,17 @@ def test_padding_slots_reach_real_noise_only_where_they_are_visible(small):
         )
         with torch.no_grad():
             some, more = (model.decode_predictions(memory, 1, n).logits for n in (noise, wider))
-        real = [
-            x[:, n.assignment.batch, n.assignment.query[0]]
-            for x, n in ((some, noise), (more, wider))
-        ]
-        changed = (real[0] - real[1]).abs().max().item()
-        assert changed < 1e-5 if hide else changed > 1e-3
+        changed = difference(real_slots(some, noise), real_slots(more, wider))
+        if hide:
+            assert changed < 1e-5
+        else:
+            assert changed > 1e-3
         assert (some[:, :, noise.total :] - more[:, :, wider.total :]).abs().max() < 1e-5
+
+
+def real_slots(logits, noise):
+    """Logits of the slots that hold an object."""
+    return logits[:, noise.assignment.batch, noise.assignment.query[0]]
 
 
 def test_loss_of_noise_is_divided_by_boxes_and_sets_whatever_the_number_of_groups(small):
@@ -162,24 +154,14 @@ def test_loss_of_noise_is_divided_by_boxes_and_sets_whatever_the_number_of_group
     memory = model.encode(
         torch.randn(2, model.backbone.channels, 6, 8), torch.zeros(2, 6, 8, dtype=torch.bool)
     )
-    alone, both = (
-        model.decode_predictions(memory, 1, noise),
-        model.decode_predictions(memory, 2, noise),
-    )
-    losses = [
-        noise_losses(Criterion(groups=k)(p, targets, 4, noise)) for k, p in ((1, alone), (2, both))
-    ]
-    assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(*losses))
+    losses = []
+    for groups in (1, 2):
+        predictions = model.decode_predictions(memory, groups, noise)
+        losses.append(noise_losses(Criterion(groups=groups)(predictions, targets, 4, noise)))
+    assert torch.allclose(*map(torch.stack, losses), rtol=1e-4)
     twice = apply_noise(targets, doubled(sample_noise(NOISE, 5, targets, (0, 1), 0, 0)), NOISE)
-    assert all(
-        torch.allclose(a, b, rtol=1e-4)
-        for a, b in zip(
-            noise_losses(
-                Criterion()(model.decode_predictions(memory, 1, twice), targets, 4, twice)
-            ),
-            losses[0],
-        )
-    )
+    outcome = Criterion()(model.decode_predictions(memory, 1, twice), targets, 4, twice)
+    assert torch.allclose(*map(torch.stack, (noise_losses(outcome), losses[0])), rtol=1e-4)
 
 
 def doubled(draws):

@@ -133,7 +133,8 @@ def broken(server, path, after=400_000, **how):
 )
 def test_a_file_arrives_whole_with_a_progress_bar(server, tmp_path, capsys, how):
     path = fetch(f"{server.address}/file.bin", tmp_path / "new" / "file.bin", **how)
-    assert path.read_bytes() == CONTENT and names(path.parent) == ["file.bin"]
+    assert path.read_bytes() == CONTENT
+    assert names(path.parent) == ["file.bin"]
     assert "file.bin: 100%" in capsys.readouterr().err
     fetch(f"{server.address}/file.bin", path, **how)  # there already
     assert len(server.asked) == 1
@@ -141,14 +142,13 @@ def test_a_file_arrives_whole_with_a_progress_bar(server, tmp_path, capsys, how)
 
 def test_a_broken_download_is_continued(server, tmp_path):
     said = broken(server, tmp_path / "file.bin")
-    assert (
-        "broke off after 400,000 bytes of 1,004,000" in said
-        and "running it again continues" in said
-    )
+    assert "broke off after 400,000 bytes of 1,004,000" in said
+    assert "running it again continues" in said
     assert names(tmp_path) == ["file.bin.part", "file.bin.part.version"]
     assert "800,000" in broken(server, tmp_path / "file.bin")  # once more
     assert fetch(f"{server.address}/file.bin", tmp_path / "file.bin").read_bytes() == CONTENT
-    assert ranges(server) == ["bytes=800000-"] and names(tmp_path) == ["file.bin"]
+    assert ranges(server) == ["bytes=800000-"]
+    assert names(tmp_path) == ["file.bin"]
 
 
 @pytest.mark.parametrize("change", [dict(tag='"two"'), dict(ranges=False), dict(tag=None)])
@@ -191,7 +191,8 @@ def test_a_whole_part_is_only_checked(server, tmp_path):
         ).read_bytes()
         == CONTENT
     )
-    assert not server.asked and names(tmp_path) == ["file.bin"]
+    assert not server.asked
+    assert names(tmp_path) == ["file.bin"]
 
 
 def test_a_length_that_nobody_tells_is_no_hindrance(server, tmp_path):
@@ -337,39 +338,38 @@ def test_command_ends_in_cocos_layout_and_then_has_nothing_to_do(coco_server, tm
     ]
     for split, length in (("train2017", 6), ("val2017", 4)):
         dataset = coco_split(tmp_path / "coco", split)
-        assert len(dataset) == length and all(
-            dataset.open(i).size == (128, 128) for i in range(length)
-        )
+        assert len(dataset) == length
+        assert all(dataset.open(i).size == (128, 128) for i in range(length))
     coco_server.asked.clear()
     status, said = command(coco_server, tmp_path / "coco", capsys=capsys)
-    assert status == 0 and "train: already in" in said and not coco_server.asked
+    assert status == 0
+    assert "train: already in" in said
+    assert not coco_server.asked
 
 
 def test_command_continues_after_a_break(coco_server, tmp_path, capsys):
     coco_server.breaks_after = 20_000
     status, said = command(coco_server, tmp_path, "--what", "val", "--unchecked", capsys=capsys)
-    assert (
-        status == 2
-        and "error: the download of" in said
-        and "running it again continues it" in said
-        and names(tmp_path) == ["val2017.zip.part", "val2017.zip.part.version"]
-    )
+    assert status == 2
+    assert "error: the download of" in said
+    assert "running it again continues it" in said
+    assert names(tmp_path) == ["val2017.zip.part", "val2017.zip.part.version"]
     coco_server.breaks_after = None
     status, said = command(
         coco_server, tmp_path, "--what", "val", "--unchecked", "--keep", capsys=capsys
     )
-    assert (
-        status == 0
-        and ranges(coco_server) == [None, "bytes=20000-"]
-        and names(tmp_path) == ["val2017", "val2017.zip"]
-    )
+    assert status == 0
+    assert ranges(coco_server) == [None, "bytes=20000-"]
+    assert names(tmp_path) == ["val2017", "val2017.zip"]
 
 
 def test_command_refuses_what_is_not_cocos(coco_server, tmp_path, capsys):
     status, said = command(coco_server, tmp_path, "--what", "annotations", capsys=capsys)
-    assert status == 2 and "bytes instead of 252,907,541" in said
+    assert status == 2
+    assert "bytes instead of 252,907,541" in said
     status, said = command(coco_server, tmp_path, "--what", "val,test", capsys=capsys)
-    assert status == 2 and "no archive called 'test': choose from val, annotations, train" in said
+    assert status == 2
+    assert "no archive called 'test': choose from val, annotations, train" in said
 
 
 def test_killed_command_leaves_nothing_half_done(coco_server, tmp_path):
@@ -379,18 +379,16 @@ def test_killed_command_leaves_nothing_half_done(coco_server, tmp_path):
     while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
     run.kill(), run.communicate()
-    assert not (tmp_path / "val2017").exists() and 0 < part.stat().st_size < len(
-        coco_server.files["/zips/val2017.zip"]
-    )
+    assert not (tmp_path / "val2017").exists()
+    assert 0 < part.stat().st_size < len(coco_server.files["/zips/val2017.zip"])
     coco_server.pace = 0
     run = started(coco_server, tmp_path, "--what", "val", "--unchecked")
     said, errors = run.communicate()
-    assert (
-        run.returncode == 0
-        and said == f"val: unpacked into {tmp_path}\n"
-        and "unpacking val2017.zip: 100%" in errors
-    ), errors
-    assert ranges(coco_server)[-1].startswith("bytes=") and len(names(tmp_path / "val2017")) == 4
+    assert run.returncode == 0, errors
+    assert said == f"val: unpacked into {tmp_path}\n"
+    assert "unpacking val2017.zip: 100%" in errors
+    assert ranges(coco_server)[-1].startswith("bytes=")
+    assert len(names(tmp_path / "val2017")) == 4
 
 
 def official(monkeypatch, server, name):
@@ -432,7 +430,8 @@ def test_unpacking_that_fails_leaves_nothing_half_done(coco_server, tmp_path, mo
     downloads.download(
         tmp_path, "val", coco_server.address, unchecked=True
     )  # and clears away what was left
-    assert names(tmp_path) == ["val2017"] and len(names(tmp_path / "val2017")) == 4
+    assert names(tmp_path) == ["val2017"]
+    assert len(names(tmp_path / "val2017")) == 4
 
 
 def test_unpacking_keeps_what_is_there(coco_server, tmp_path):
@@ -441,10 +440,8 @@ def test_unpacking_keeps_what_is_there(coco_server, tmp_path):
     (tmp_path / "annotations" / "instances_val2017.json").write_text("mine")
     downloads.download(tmp_path, "val,annotations", coco_server.address, unchecked=True)
     assert (tmp_path / "annotations" / "instances_val2017.json").read_text() == "mine"
-    assert (
-        json.loads((tmp_path / "annotations" / "instances_train2017.json").read_text())["images"]
-        and len(names(tmp_path / "val2017")) == 4
-    )
+    assert json.loads((tmp_path / "annotations" / "instances_train2017.json").read_text())["images"]
+    assert len(names(tmp_path / "val2017")) == 4
 
 
 def test_room_for_packed_and_unpacked_is_asked_for_beforehand(server, tmp_path, monkeypatch):

@@ -120,16 +120,12 @@ def test_seconds_are_those_of_the_training_steps_alone():
 def test_run_is_kept_and_not_repeated(tiny, tmp_path, monkeypatch):
     result = run_one("dab_noise5", 3, tmp_path, tmp_path / "work")
     stored = json.loads((tmp_path / "dab_noise5-seed3.json").read_text())
-    assert (
-        stored == result
-        and stored["command"] == "python -m query_detr.lab.experiments --only dab_noise5 --seeds 3"
-    )
-    assert [p["step"] for p in stored["curve"]] == [3, 6, 9] and [
-        p["epoch"] for p in stored["instability"]
-    ] == [2, 3]
-    assert stored["recipe"] == compared_settings(tiny["dab_noise5"].recipe) and stored[
-        "images"
-    ] == dict(train=12, val=6)
+    assert stored == result
+    assert stored["command"] == "python -m query_detr.lab.experiments --only dab_noise5 --seeds 3"
+    assert [p["step"] for p in stored["curve"]] == [3, 6, 9]
+    assert [p["epoch"] for p in stored["instability"]] == [2, 3]
+    assert stored["recipe"] == compared_settings(tiny["dab_noise5"].recipe)
+    assert stored["images"] == dict(train=12, val=6)
     monkeypatch.setattr(experiments, "fit", None)  # a second training would fail
     assert run_one("dab_noise5", 3, tmp_path, tmp_path / "work") == result
 
@@ -168,9 +164,11 @@ def test_stopped_run_is_continued(tiny, tmp_path, monkeypatch):
         "--work",
         str(tmp_path / "again-work"),
     ]
-    assert command_line(options) == 130 and not list((tmp_path / "again").glob("*.json"))
+    assert command_line(options) == 130
+    assert not list((tmp_path / "again").glob("*.json"))
     monkeypatch.setattr(experiments, "fit", counted)
-    assert command_line(options) == 0 and steps == [3]  # not from the beginning
+    assert command_line(options) == 0
+    assert steps == [3]  # not from the beginning
     again = json.loads((tmp_path / "again" / "conditional_groups5-seed0.json").read_text())
     assert without_times(again)["curve"] == without_times(straight)["curve"]
 
@@ -210,7 +208,8 @@ def test_wrong_options_are_named(options, said, tmp_path, capsys):
         status = command_line(options)
     except SystemExit as end:
         status = end.code
-    assert status == 2 and said in capsys.readouterr().err
+    assert status == 2
+    assert said in capsys.readouterr().err
 
 
 def test_missing_results_name_the_command(tmp_path):
@@ -237,19 +236,20 @@ def test_run_shows_its_curves(tiny, tmp_path, capsys):
         )
         == 0
     )
-    assert (tmp_path / "w" / "conditional.png").exists() and "+ groups" in capsys.readouterr().out
+    assert (tmp_path / "w" / "conditional.png").exists()
+    assert "+ groups" in capsys.readouterr().out
     assert command_line(["--list", "--results", str(tmp_path / "r")]) == 0
     listed = capsys.readouterr().out
-    assert "conditional with model.groups = 2" in listed and listed.count("seeds stored: 0") == 2
+    assert "conditional with model.groups = 2" in listed
+    assert listed.count("seeds stored: 0") == 2
 
 
 def test_costs_are_measured_side_by_side(tiny, tmp_path):
     costs = measure_costs(["conditional", "dab_noise5"], tmp_path, steps=2, unused=1)[
         "seconds_per_step"
     ]
-    assert json.loads((tmp_path / "cost.json").read_text())["seconds_per_step"] == costs and all(
-        c["median"] > 0 for c in costs.values()
-    )
+    assert json.loads((tmp_path / "cost.json").read_text())["seconds_per_step"] == costs
+    assert all(c["median"] > 0 for c in costs.values())
     runs = [made_up([0.1] * 4, seconds=s) for s in (100.0, 500.0, 200.0)]
     assert step_costs(dict(conditional=runs), tmp_path) == dict(conditional=costs["conditional"])
     mixed = step_costs(
@@ -265,17 +265,16 @@ def test_costs_are_measured_side_by_side(tiny, tmp_path):
 def test_partners_differ_in_what_is_added_and_in_nothing_else(name):
     variant = VARIANTS[name]
     differing = set(differences(VARIANTS[variant.baseline].recipe, variant.recipe))
-    assert differing and differing <= {"model.groups", "model.denoising.sets"}
+    assert differing
+    assert differing <= {"model.groups", "model.denoising.sets"}
 
 
 def test_variants_have_their_own_colours_and_names():
     drawn = [v for v in VARIANTS.values() if v.recipe.data == "shapes"]
-    assert len({v.colour for v in drawn}) == len(drawn) and len(
-        {v.label for v in VARIANTS.values()}
-    ) == len(VARIANTS)
-    assert all(v.recipe.name == name for name, v in VARIANTS.items()) and set(CLAIM) <= set(
-        VARIANTS
-    )
+    assert len({v.colour for v in drawn}) == len(drawn)
+    assert len({v.label for v in VARIANTS.values()}) == len(VARIANTS)
+    assert all(v.recipe.name == name for name, v in VARIANTS.items())
+    assert set(CLAIM) <= set(VARIANTS)
 
 
 def test_marks_of_the_budget():
@@ -291,23 +290,21 @@ def test_marks_of_the_budget():
         (40, 0.35),
     ]
     assert steps_to_reach(better, 0.35) == pytest.approx(25)  # 0.25 at step 20, 0.45 at step 30
-    assert (
-        steps_to_reach(better, 0.24) == pytest.approx(19)
-        and steps_to_reach(better, 0.25) == pytest.approx(20)
-        and steps_to_reach(baseline, 0.36) is None
-    )
+    assert steps_to_reach(better, 0.24) == pytest.approx(19)
+    assert steps_to_reach(better, 0.25) == pytest.approx(20)
+    assert steps_to_reach(baseline, 0.36) is None
     rows = compare(
         dict(conditional=baseline, conditional_groups5=better),
         dict(conditional=dict(median=0.1), conditional_groups5=dict(median=0.25)),
         "conditional",
     )
-    assert [r.label for r in rows] == ["Conditional DETR", "+ 5 groups"] and rows[0].time == 1
-    assert (
-        rows[1].quarter == pytest.approx((0.15, 0.1, 0.2))
-        and rows[1].half == pytest.approx((0.25, 0.2, 0.3))
-        and rows[1].whole == pytest.approx((0.5, 0.4, 0.6))
-    )
-    assert rows[1].cost == pytest.approx(2.5) and rows[1].time == pytest.approx(25 * 2.5 / 40)
+    assert [r.label for r in rows] == ["Conditional DETR", "+ 5 groups"]
+    assert rows[0].time == 1
+    assert rows[1].quarter == pytest.approx((0.15, 0.1, 0.2))
+    assert rows[1].half == pytest.approx((0.25, 0.2, 0.3))
+    assert rows[1].whole == pytest.approx((0.5, 0.4, 0.6))
+    assert rows[1].cost == pytest.approx(2.5)
+    assert rows[1].time == pytest.approx(25 * 2.5 / 40)
 
 
 # --- the stored results
@@ -321,12 +318,12 @@ def test_stored_result_is_complete_and_of_the_present_variant(path):
     recipe = VARIANTS[result["variant"]].recipe
     assert path == result_path(STORED, result["variant"], result["seed"])
     experiments.check_settings(result, recipe, path)
-    assert len(result["curve"]) == recipe.epochs // recipe.evaluate_every and result["curve"][-1][
-        "step"
-    ] == recipe.epochs * (result["images"]["train"] // recipe.batch_size)
-    assert {"command", "versions", "machine", "seconds_per_step", "instability"} <= set(
-        result
-    ) and set(result["machine"]) in ({"processor", "threads"}, {"gpu"})
+    assert len(result["curve"]) == recipe.epochs // recipe.evaluate_every
+    assert result["curve"][-1]["step"] == recipe.epochs * (
+        result["images"]["train"] // recipe.batch_size
+    )
+    assert {"command", "versions", "machine", "seconds_per_step", "instability"} <= set(result)
+    assert set(result["machine"]) in ({"processor", "threads"}, {"gpu"})
     assert path.stat().st_size < 10_000
 
 

@@ -53,24 +53,22 @@ def test_every_group_has_its_own_optimum(seed):
     predictions, targets = random_case(seed)
     assignment = assigned(predictions, targets)
     for layer in range(2):
-        for image, own in enumerate(targets.slices):
+        for image, objects in enumerate(targets.slices):
             cost = matching_cost(
                 predictions.logits[layer, image],
                 predictions.boxes[layer, image],
-                targets.labels[own],
-                targets.boxes[own],
+                targets.labels[objects],
+                targets.boxes[objects],
             )
-            here = assignment.batch == image
-            query, target = (
-                assignment.query[layer, here],
-                assignment.target[layer, here] - own.start,
-            )
+            in_image = assignment.batch == image
+            query = assignment.query[layer, in_image]
+            target = assignment.target[layer, in_image] - objects.start
             for group in range(K):
                 inside = query // N == group
                 assert sorted(target[inside].tolist()) == list(range(targets.counts[image]))
-                assert cost[query[inside], target[inside]].sum().item() == pytest.approx(
-                    cheapest(cost[group * N : (group + 1) * N]), abs=1e-4
-                )
+                total = cost[query[inside], target[inside]].sum().item()
+                optimum = cheapest(cost[group * N : (group + 1) * N])
+                assert total == pytest.approx(optimum, abs=1e-4)
 
 
 @pytest.mark.parametrize("counts", [(2, 0, 3), (0, 0, 0)])
@@ -79,6 +77,5 @@ def test_identical_groups_cost_what_one_group_costs(counts):
     one = predictions.select(slice(N))
     copies = Predictions(one.logits.repeat(1, 1, K, 1), one.boxes.repeat(1, 1, K, 1))
     count = max(1, len(targets))
-    assert Criterion(groups=K)(copies, targets, count).total.item() == pytest.approx(
-        Criterion()(one, targets, count).total.item(), rel=1e-5
-    )
+    total = Criterion(groups=K)(copies, targets, count).total.item()
+    assert total == pytest.approx(Criterion()(one, targets, count).total.item(), rel=1e-5)

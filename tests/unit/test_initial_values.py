@@ -3,6 +3,7 @@ several seeds."""
 
 import math
 
+import pytest
 import torch
 
 from query_detr.model import ModelConfig, QueryDETR
@@ -60,22 +61,13 @@ def draws():
         for name, p in QueryDETR(CONFIG).named_parameters():
             if not name.startswith("backbone."):
                 values.setdefault(name, []).append(p.detach().flatten())
-    return {
-        name: (torch.cat(v), p.shape)
-        for (name, v), p in zip(
-            values.items(),
-            (q for n, q in QueryDETR(CONFIG).named_parameters() if not n.startswith("backbone.")),
-        )
-    }
+    shapes = {name: p.shape for name, p in QueryDETR(CONFIG).named_parameters()}
+    return {name: (torch.cat(parts), shapes[name]) for name, parts in values.items()}
 
 
 def test_every_parameter_begins_with_the_mean_and_deviation_of_the_references():
     for name, (values, shape) in draws().items():
         mean, std = expected(name, shape)
         error = 5 * std / math.sqrt(len(values)) + 1e-5  # five standard errors
-        assert abs(values.mean().item() - mean) < error, (
-            f"{name}: mean {values.mean():.4f}, expected {mean:.4f}"
-        )
-        assert abs(values.std(correction=0).item() - std) < error, (
-            f"{name}: deviation {values.std():.4f}, expected {std:.4f}"
-        )
+        assert values.mean().item() == pytest.approx(mean, abs=error), name
+        assert values.std(correction=0).item() == pytest.approx(std, abs=error), name

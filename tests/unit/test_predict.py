@@ -81,7 +81,9 @@ def test_boxes_come_back_in_pixels_of_the_original():
     ):
         model = Finder(short_side=short, longest_side=longest)
         found = predict(model, picture())
-        assert close(found) and found.size == (60, 100) and model.seen == [(1, 3, *seen)]
+        assert close(found)
+        assert found.size == (60, 100)
+        assert model.seen == [(1, 3, *seen)]
         assert torch.allclose(found.boxes[0], torch.tensor([0.25, 35 / 60, 0.3, 0.5]), atol=0.015)
 
 
@@ -132,7 +134,8 @@ def test_photographs_are_turned_upright(tmp_path, orientation):
     model = Finder(short_side=180)
     for image in (tmp_path / "photo.jpg", Image.open(tmp_path / "photo.jpg")):
         found = predict(model, image)
-        assert close(found) and found.size == (60, 100)
+        assert close(found)
+        assert found.size == (60, 100)
 
 
 def test_pictures_of_several_sizes_share_a_batch():
@@ -144,9 +147,11 @@ def test_pictures_of_several_sizes_share_a_batch():
         picture(*size, box) for size, box in zip(((100, 60), (60, 60), (60, 120), (60, 90)), boxes)
     ]
     results = predict(model, pictures, batch_size=3)
-    assert [shape[0] for shape in model.seen] == [3, 1] and model.seen[0] == (3, 3, 120, 100)
+    assert [shape[0] for shape in model.seen] == [3, 1]
+    assert model.seen[0] == (3, 3, 120, 100)
     assert all(close(found, box, 1e-3) for found, box in zip(results, boxes, strict=True))
-    assert predict(model, []) == [] and isinstance(predict(model, pictures[:1]), list)
+    assert predict(model, []) == []
+    assert isinstance(predict(model, pictures[:1]), list)
 
 
 def test_threshold_and_names():
@@ -156,15 +161,11 @@ def test_threshold_and_names():
     )
     assert predict(named, picture()).names == ["dog"]
     both = predict(named, picture(), threshold=0.25)
-    assert (
-        both.names == ["dog", "cat"]
-        and both.labels.tolist() == [1, 0]
-        and torch.allclose(both.scores, torch.tensor([0.9, 0.3]))
-    )
-    assert (
-        len(predict(named, picture(), threshold=0.95)) == 0
-        and len(predict(named, picture(), threshold=0)) == 2
-    )
+    assert both.names == ["dog", "cat"]
+    assert both.labels.tolist() == [1, 0]
+    assert torch.allclose(both.scores, torch.tensor([0.9, 0.3]))
+    assert len(predict(named, picture(), threshold=0.95)) == 0
+    assert len(predict(named, picture(), threshold=0)) == 2
     assert predict(nameless, picture()).names == ["class 1"]
     assert len(predict(Finder(keep=1, short_side=0), picture(), threshold=0)) == 1
 
@@ -189,10 +190,8 @@ def test_results_do_not_depend_on_the_batch(small):
     assert len({tuple(found.scores.tolist()) for found in alone}) == 5
     for batch_size in (1, 2, 5):
         for found, expected in zip(predict(model, scenes, 0, batch_size), alone, strict=True):
-            assert (
-                torch.allclose(found.scores, expected.scores, atol=1e-4)
-                and found.names == expected.names
-            )
+            assert torch.allclose(found.scores, expected.scores, atol=1e-4)
+            assert found.names == expected.names
             assert torch.allclose(found.boxes_xyxy, expected.boxes_xyxy, atol=0.02)
 
 
@@ -202,11 +201,9 @@ def test_boxes_end_at_the_border(small):
         model.box_head.layers[-1].bias, 1.5
     )  # large boxes: many reach over the border
     found = predict(model, Image.fromarray(draw_scene(0, 1).image[:, :90]), threshold=0)
-    assert (
-        (found.boxes_xyxy >= 0).all()
-        and found.boxes_xyxy[:, 0::2].max() == 90
-        and found.boxes_xyxy[:, 1::2].max() == 128
-    )
+    assert (found.boxes_xyxy >= 0).all()
+    assert found.boxes_xyxy[:, 0::2].max() == 90
+    assert found.boxes_xyxy[:, 1::2].max() == 128
     assert (found.boxes_xyxy[:, 2:] > found.boxes_xyxy[:, :2]).all()
 
 
@@ -263,7 +260,8 @@ def test_command(small, photos, tmp_path):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert run.returncode == 0 and run.stderr == "", run.stderr
+    assert run.stderr == ""
+    assert run.returncode == 0
     assert {p.name for p in (tmp_path / "out" / "new").iterdir()} == {
         "0.png",
         "1.png",
@@ -280,7 +278,8 @@ def test_command(small, photos, tmp_path):
     ]
     for image in written["images"]:
         found = predict(model, tmp_path / image["file"], 0.3)
-        assert len(found) > 0 and [d["name"] for d in image["detections"]] == found.names
+        assert len(found) > 0
+        assert [d["name"] for d in image["detections"]] == found.names
         assert torch.allclose(
             torch.tensor([d["score"] for d in image["detections"]]), found.scores, atol=0.05
         )  # padding moves them a little
@@ -396,12 +395,10 @@ def test_command_refuses_in_one_line(small, photos, tmp_path, capsys):
     for named, arguments in cases.items():
         assert command_line([*arguments, "--output", str(tmp_path / "out")]) == 2
         output = capsys.readouterr()
-        assert (
-            output.out == ""
-            and output.err.startswith("error: ")
-            and named in output.err
-            and output.err.count("\n") == 1
-        ), output.err
+        assert output.out == ""
+        assert output.err.startswith("error: ")
+        assert named in output.err
+        assert output.err.count("\n") == 1
     assert not list(
         (tmp_path / "out").glob("*")
     )  # nothing is written before everything is known to be right
@@ -456,7 +453,8 @@ def test_names_of_annotated_pictures_are_unique():
     names = annotated_names(
         [Path(p) for p in ("a/1.jpg", "b/1.png", "c/1-2.jpg", "c/X.png", "d/x.png", "a/1.gif")]
     )
-    assert len({n.lower() for n in names}) == 6 and names[:2] == ["1.png", "1-2.png"]
+    assert len({n.lower() for n in names}) == 6
+    assert names[:2] == ["1.png", "1-2.png"]
 
 
 def test_folders_are_listed_in_order_and_once(photos):

@@ -114,7 +114,8 @@ def test_run_that_is_stopped_after_any_step_ends_like_the_uninterrupted_one(
     again.resume(*load_newest(tmp_path / "parts"))
     assert again.step == step
     train(again, tmp_path / "parts", log_instability=True)
-    assert same_weights(straight, again) and again.best_ap == straight.best_ap
+    assert same_weights(straight, again)
+    assert again.best_ap == straight.best_ap
     assert lines(tmp_path / "parts") == lines(tmp_path / "straight")
     assert torch.equal(
         load(tmp_path / "parts" / "best.pt")["model"]["class_head.bias"],
@@ -128,9 +129,8 @@ def test_run_that_ended_after_an_evaluation_evaluates_again_and_logs_it_once(rec
     again = new_run(recipe)
     again.resume(*load_newest(tmp_path / "parts"))
     train(again, tmp_path / "parts", log_instability=True)
-    assert same_weights(straight, again) and lines(tmp_path / "parts") == lines(
-        tmp_path / "straight"
-    )
+    assert same_weights(straight, again)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "straight")
 
 
 def test_run_of_other_settings_is_not_resumed(recipe, tmp_path):
@@ -178,7 +178,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(saved, damage):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         path, content = load_newest(saved)
-    assert path.name == PREVIOUS and content["step"] == 1
+    assert path.name == PREVIOUS
+    assert content["step"] == 1
     assert damage == "missing" or (
         NEWEST in str(said[0].message) and "trying the one before" in str(said[0].message)
     )
@@ -209,7 +210,8 @@ def test_failed_save_leaves_the_old_checkpoints_and_no_rest(saved, monkeypatch):
     with pytest.raises(OSError) as error:
         save_newest(dict(step=3), saved)
     assert "disk is full" in explain(error.value)
-    assert load_newest(saved)[1]["step"] == 2 and sorted(p.name for p in saved.iterdir()) == [
+    assert load_newest(saved)[1]["step"] == 2
+    assert sorted(p.name for p in saved.iterdir()) == [
         NEWEST,
         PREVIOUS,
     ]
@@ -226,7 +228,8 @@ def test_full_disk_leaves_the_old_checkpoints(tmp_path):
         with pytest.raises((OSError, RuntimeError)) as error:
             save_newest(dict(step=3, weights=torch.zeros(500_000)), tmp_path)
         assert "disk is full" in explain(error.value)
-        assert load_newest(tmp_path)[1]["step"] == 2 and load(tmp_path / PREVIOUS)["step"] == 1
+        assert load_newest(tmp_path)[1]["step"] == 2
+        assert load(tmp_path / PREVIOUS)["step"] == 1
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
@@ -249,9 +252,8 @@ def test_death_of_a_loading_process_is_explained(recipe, tmp_path):
             tmp_path,
             options=RunOptions(workers=1),
         )
-    assert "process that loads images died" in explain(error.value) and "--resume auto" in explain(
-        error.value
-    )
+    assert "process that loads images died" in explain(error.value)
+    assert "--resume auto" in explain(error.value)
 
 
 def test_loss_that_is_not_finite_stops_names_and_can_be_replayed(recipe, tmp_path, monkeypatch):
@@ -273,14 +275,11 @@ def test_loss_that_is_not_finite_stops_names_and_can_be_replayed(recipe, tmp_pat
     ) as fault:
         train(progress, tmp_path)
     before = load_newest(tmp_path)[1]
-    assert before["step"] == 3 and all(
-        torch.equal(before["model"][k], p) for k, p in progress.model.named_parameters()
-    )  # the step was not taken
+    assert before["step"] == 3  # the step was not taken
+    assert all(torch.equal(before["model"][k], p) for k, p in progress.model.named_parameters())
     said = replay(tmp_path / "replay_0.pt")
-    assert (
-        "giou_loss of decoder layer 2" in str(fault.value)
-        and "now: giou_loss of decoder layer 2" in said
-    )
+    assert "giou_loss of decoder layer 2" in str(fault.value)
+    assert "now: giou_loss of decoder layer 2" in said
     monkeypatch.undo()
     assert "now: all losses are finite; gradients that are not finite: none" in replay(
         tmp_path / "replay_0.pt"
@@ -307,9 +306,8 @@ def test_running_average_is_the_average_and_is_what_is_kept(recipe, tmp_path):
     average = seen[0]
     for weights in seen[1:]:
         average = 0.9 * average + 0.1 * weights
-    assert torch.allclose(
-        progress.judged.class_head.bias, average, atol=1e-6
-    ) and not torch.allclose(average, seen[-1], atol=1e-6)
+    assert torch.allclose(progress.judged.class_head.bias, average, atol=1e-6)
+    assert not torch.allclose(average, seen[-1], atol=1e-6)
 
 
 def test_bf16_keeps_boxes_and_losses_in_fp32_and_learns_alike(recipe, tmp_path):
@@ -318,7 +316,8 @@ def test_bf16_keeps_boxes_and_losses_in_fp32_and_learns_alike(recipe, tmp_path):
         for amp in ("none", "bf16")
     )
     a, b = ([r["loss"] for r in lines(tmp_path / amp) if "loss" in r] for amp in ("none", "bf16"))
-    assert a != b and a == pytest.approx(b, rel=0.02)
+    assert a != b
+    assert a == pytest.approx(b, rel=0.02)
     with torch.autocast("cpu", torch.bfloat16):
         found = mixed.model.eval()(
             torch.rand(1, 3, 128, 128), torch.zeros(1, 128, 128, dtype=torch.bool)
@@ -367,7 +366,8 @@ def test_log_line_says_what_the_issue_of_a_slow_or_bad_run_could_be(recipe, tmp_
         "peak_memory_mb",
         "time",
     } <= set(line)
-    assert sum(line["layer_loss"]) == pytest.approx(line["loss"]) and 0 <= line["data_waiting"] <= 1
+    assert sum(line["layer_loss"]) == pytest.approx(line["loss"])
+    assert 0 <= line["data_waiting"] <= 1
     parts = (
         2 * (line["class_loss"] + line["noise_class_loss"])
         + 5 * (line["l1_loss"] + line["noise_l1_loss"])

@@ -46,15 +46,14 @@ def annotations_on(data, crowd=0):
 
 def test_clean_data_gives_notes_only_and_right_counts(folder):
     seen = look(folder)
-    assert not whats(seen, "stop", "harm") and not seen.stops
+    assert not whats(seen, "stop", "harm")
+    assert not seen.stops
     assert "Nothing was found that stops or harms training." in str(seen)
     (note,) = [f for f in seen.findings if f.what == "image without boxes"]
     empty = [i for i in range(len(SCENES)) if len(SCENES[i][1]) == 0]
-    assert (
-        note.count == len(empty) > 0
-        and note.images == empty
-        and f"(image {empty[0]})" in note.example
-    )
+    assert note.count == len(empty) > 0
+    assert note.images == empty
+    assert f"(image {empty[0]})" in note.example
 
 
 def test_table_counts_boxes_per_class_and_size(folder):
@@ -76,7 +75,8 @@ def test_table_counts_boxes_per_class_and_size(folder):
             large,
             len({a["image_id"] for a in mine}),
         ]
-    assert rows["all"][0] == len(boxes) == sum(rows["all"][1:4]) and all(rows["all"])
+    assert rows["all"][0] == len(boxes) == sum(rows["all"][1:4])
+    assert all(rows["all"])
     assert (
         f"24 images, {len(content(folder)['annotations'])} annotations "
         f"({len(annotations_on(content(folder), crowd=1))} of them crowds), 5 classes"
@@ -331,15 +331,15 @@ def test_every_damage_is_found_and_nothing_else(folder, what):
         change_file(folder / "val2017" / "000003.png")
     seen = look(folder, data)
     (found,) = [f for f in seen.findings if f.what == what.strip()]
-    assert (
-        (found.level, found.count) == (level, count or len(data["annotations"]))
-        and example in found.example
-        and found.remedy
-    )
-    assert str(found) in str(seen) and seen.stops == (level == "stop")
+    assert (found.level, found.count) == (level, count or len(data["annotations"]))
+    assert example in found.example
+    assert found.remedy
+    assert str(found) in str(seen)
+    assert seen.stops == (level == "stop")
     assert whats(seen) - whats(clean) - FOLLOWS.get(found.what, set()) == {found.what}
     sheet = contact_sheet(seen, folder / "sheet.png", count=2, columns=2)
-    assert Image.open(sheet).width > 400 and not (folder / "sheet.png.tmp").exists()
+    assert Image.open(sheet).width > 400
+    assert not (folder / "sheet.png.tmp").exists()
 
 
 def test_more_boxes_than_queries(folder):
@@ -347,12 +347,10 @@ def test_more_boxes_than_queries(folder):
     most = max(counts)
     assert not [w for w in whats(look(folder, queries=most)) if "queries" in w]
     (found,) = [f for f in look(folder, queries=most - 1).findings if "queries" in f.what]
-    assert (
-        found.level == "harm"
-        and found.count == counts.count(most)
-        and found.images[0] == counts.index(most)
-        and f"at least {most} queries" in found.remedy
-    )
+    assert found.level == "harm"
+    assert found.count == counts.count(most)
+    assert found.images[0] == counts.index(most)
+    assert f"at least {most} queries" in found.remedy
 
 
 def test_the_data_set_refuses_what_the_survey_calls_a_stop(folder):
@@ -396,7 +394,9 @@ def test_everything_at_once_is_survived(folder):
     for k, how in enumerate(("missing", "cut", "words")):
         damage_file(folder / "val2017" / f"{k:06d}.png", how)
     seen = look(folder, data)
-    assert seen.stops and len(whats(seen, "stop")) >= 6 and len(str(seen).splitlines()) > 30
+    assert seen.stops
+    assert len(whats(seen, "stop")) >= 6
+    assert len(str(seen).splitlines()) > 30
     contact_sheet(seen, folder / "sheet.png")
 
 
@@ -408,7 +408,8 @@ def test_empty_lists_are_survived(folder):
         dict(content(folder), categories=[]),
     ):
         seen = look(folder, data)
-        assert seen.stops and str(seen)
+        assert seen.stops
+        assert str(seen)
         contact_sheet(seen, folder / "sheet.png")
 
 
@@ -427,7 +428,9 @@ def test_contact_sheet_shows_findings_and_others(folder):
     data["images"][11].update(width=64)
     seen = look(folder, data)
     chosen = choose_images(seen, 8)
-    assert len(chosen) == 8 and "size" in chosen[11] and list(chosen.values()).count("") >= 4
+    assert len(chosen) == 8
+    assert "size" in chosen[11]
+    assert list(chosen.values()).count("") >= 4
     assert len(choose_images(seen, 100)) == 24
 
 
