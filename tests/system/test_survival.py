@@ -55,7 +55,8 @@ def steps_in(folder):
 def wait_for_checkpoint(run, folder):
     until = time.time() + 120
     while not (folder / "checkpoint_previous.pt").exists():
-        assert run.poll() is None and time.time() < until, said(folder)
+        assert run.poll() is None, said(folder)
+        assert time.time() < until, said(folder)
         time.sleep(0.02)
 
 
@@ -79,7 +80,8 @@ def test_sigterm_saves_and_torchrun_turns_it_into_a_continuation(straight, tmp_p
     wait_for_checkpoint(run, tmp_path)
     os.kill(workers(run)[0], signal.SIGTERM)
     assert run.wait(300) == 0, said(tmp_path)
-    assert "as asked (SIGTERM) and saved" in said(tmp_path) and "Going on from" in said(tmp_path)
+    assert "as asked (SIGTERM) and saved" in said(tmp_path)
+    assert "Going on from" in said(tmp_path)
     assert not differing(straight, tmp_path)
 
 
@@ -103,7 +105,8 @@ def test_two_nodes_train_and_go_on_after_one_loses_its_process(straight, tmp_pat
     wait_for_checkpoint(nodes[0], tmp_path)
     os.kill(workers(nodes[1])[0], signal.SIGKILL)
     assert [node.wait(300) for node in nodes] == [0, 0], said(tmp_path)
-    assert "Going on from" in said(tmp_path) and said(tmp_path).count("Recipe shapes_group_dn") == 1
+    assert "Going on from" in said(tmp_path)
+    assert said(tmp_path).count("Recipe shapes_group_dn") == 1
     assert not differing(straight, tmp_path)
 
 
@@ -118,11 +121,9 @@ def test_eight_processes_make_one_checkpoint_and_one_table(tmp_path):
         how=("--standalone", "--nproc_per_node", "8"),
     )
     assert run.wait(300) == 0, said(tmp_path)
-    assert (
-        steps_in(tmp_path) == 50
-        and said(tmp_path).count("Recipe shapes_group_dn") == 1
-        and said(tmp_path).count("AP50 ") == 3
-    )
+    assert steps_in(tmp_path) == 50
+    assert said(tmp_path).count("Recipe shapes_group_dn") == 1
+    assert said(tmp_path).count("AP50 ") == 3
     assert {p.name for p in tmp_path.iterdir()} == {
         "checkpoint.pt",
         "checkpoint_previous.pt",

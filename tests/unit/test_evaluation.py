@@ -19,11 +19,11 @@ from query_detr.run.evaluate import (
     METRICS,
     coco_evaluation,
     coco_metrics,
-    detect_all,
     duplicates,
     load_engine,
     metric_text,
     per_class,
+    run_inference,
     text_table,
 )
 from query_detr.use.plots import read_metrics, show_run
@@ -55,10 +55,8 @@ def test_all_twelve_published_numbers_of_the_coco_example(example, engine):
     if engine == "hotcoco":
         pytest.importorskip("hotcoco")
     metrics = coco_metrics(*example, engine)
-    assert (
-        np.round(list(metrics.values()), 3).tolist() == list(PUBLISHED)
-        and tuple(metrics) == METRICS
-    )
+    assert np.round(list(metrics.values()), 3).tolist() == list(PUBLISHED)
+    assert tuple(metrics) == METRICS
     assert metrics["AP"] == pytest.approx(0.5045806987, abs=1e-10)
 
 
@@ -167,9 +165,8 @@ def test_both_engines_agree_on_the_coco_example_and_on_its_parts(example, fast):
         )
         of_part = rows[torch.isin(rows[:, 0], torch.tensor(ids, dtype=torch.float64))]
         judges = [coco_evaluation(part, of_part, engine) for engine in ("pycocotools", "hotcoco")]
-        assert judges[0].stats.tolist() == judges[1].stats.tolist() and per_class(
-            judges[0]
-        ) == per_class(judges[1])
+        assert judges[0].stats.tolist() == judges[1].stats.tolist()
+        assert per_class(judges[0]) == per_class(judges[1])
 
 
 @pytest.mark.parametrize("engine", ["pycocotools", "hotcoco"])
@@ -200,7 +197,8 @@ def test_odd_input_is_judged_alike(engine):
         "AP_large",
         "AR_medium",
         "AR_large",
-    } and nothing["AP"] == 0
+    }
+    assert nothing["AP"] == 0
     rows[5, 3] = torch.nan
     with pytest.raises(InputError, match="not finite"):
         coco_metrics(truth, rows, engine)
@@ -244,7 +242,8 @@ def test_ap_of_a_class_is_that_of_a_file_with_no_other():
         )
         assert pytest.approx((alone["AP"], alone["AP50"]), abs=1e-12) == (result.AP, result.AP50)
         assert result.objects == sum(not a["iscrowd"] for a in own)
-    assert results[-1].objects == 0 and results[-1].AP == results[-1].AP50 == -1
+    assert results[-1].objects == 0
+    assert results[-1].AP == results[-1].AP50 == -1
     assert np.mean([r.AP for r in results if r.AP >= 0]) == pytest.approx(
         coco_metrics(truth, rows, "pycocotools")["AP"], abs=1e-12
     )
@@ -293,9 +292,8 @@ def test_duplicates_are_those_counted_one_by_one():
             truth, rows = made_up(seed, largest=300.0)
             seen.append(duplicates(truth, rows, score, overlap))
             assert seen[-1] == pytest.approx(naive_duplicates(truth, rows, score, overlap))
-    assert any(s["detections_per_object"] > 1.5 for s in seen) and seen[3] == dict(
-        objects_found=0, detections_per_object=-1
-    )
+    assert any(s["detections_per_object"] > 1.5 for s in seen)
+    assert seen[3] == dict(objects_found=0, detections_per_object=-1)
     truth, rows = made_up(0)
     single = [a for a in truth["annotations"] if not a["iscrowd"]]
     perfect = torch.tensor(
@@ -339,15 +337,18 @@ def test_every_layer_is_read_from_one_run_of_the_model():
         for i in range(3)
     ]
     model = Counted().train()
-    tables = detect_all(model, batches, (3, 5, 7, 9), keep=8, layers=range(3))
-    assert model.calls == 3 and model.training and [t.shape for t in tables] == [(48, 7)] * 3
-    assert not torch.equal(tables[0], tables[1]) and not torch.equal(tables[1], tables[2])
+    tables = run_inference(model, batches, (3, 5, 7, 9), keep=8, layers=range(3))
+    assert model.calls == 3
+    assert model.training
+    assert [t.shape for t in tables] == [(48, 7)] * 3
+    assert not torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[1], tables[2])
     for layer, table in enumerate(tables):
         assert torch.equal(
-            detect_all(model, batches, (3, 5, 7, 9), keep=8, layers=[layer])[0], table
+            run_inference(model, batches, (3, 5, 7, 9), keep=8, layers=[layer])[0], table
         )
-    assert torch.equal(detect_all(model, batches, (3, 5, 7, 9), keep=8)[0], tables[-1])
-    assert [t.shape for t in detect_all(model, [], (3, 5, 7, 9), layers=range(3))] == [
+    assert torch.equal(run_inference(model, batches, (3, 5, 7, 9), keep=8)[0], tables[-1])
+    assert [t.shape for t in run_inference(model, [], (3, 5, 7, 9), layers=range(3))] == [
         (0, 7)
     ] * 3  # a process without images
 
@@ -422,7 +423,8 @@ def test_runs_are_compared_by_their_folders(tmp_path):
         begun=[],
         old=[],
     )
-    assert axes[1, 0].get_xlabel() == "minutes" and axes[0, 0].get_xlabel() == "step"
+    assert axes[1, 0].get_xlabel() == "minutes"
+    assert axes[0, 0].get_xlabel() == "step"
     assert [line.get_xydata().tolist() for line in axes[0, 1].lines] == [[[4, 0.2]], [], [], []]
     assert np.allclose(axes[1, 1].lines[0].get_xydata(), [[130 / 60, 0.2]])
     assert [text.get_text() for text in axes[0, 0].get_legend().get_texts()] == [

@@ -18,8 +18,7 @@ from query_detr.boxes import iou
 from query_detr.criterion import Criterion
 from query_detr.matcher import match
 from query_detr.model import QueryDETR
-from query_detr.run import step as train
-from query_detr.run.step import Process
+from query_detr.run.distributed import DistContext
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +127,8 @@ def test_costs_of_another_image_are_noticed(golden, monkeypatch):
 
 
 def test_count_that_is_not_summed_over_micro_batches_is_noticed(monkeypatch):
-    whole = gradients(Process(), IMAGES)
-    assert relative_difference(gradients(Process(), 2), whole) <= 1
+    whole = gradients(DistContext(), IMAGES)
+    assert relative_difference(gradients(DistContext(), 2), whole) <= 1
     own_count = Criterion.__call__
     monkeypatch.setattr(
         Criterion,
@@ -138,18 +137,18 @@ def test_count_that_is_not_summed_over_micro_batches_is_noticed(monkeypatch):
             self, predictions, targets, max(1, len(targets)), noise
         ),
     )
-    assert relative_difference(gradients(Process(), 2), whole) > 1
+    assert relative_difference(gradients(DistContext(), 2), whole) > 1
 
 
 def test_count_that_is_not_summed_over_processes_is_noticed(monkeypatch, tmp_path):
-    whole = gradients(Process(), IMAGES)
+    whole = gradients(DistContext(), IMAGES)
     average = average_of_two_processes()
     assert relative_difference(average, whole) <= 1
-    monkeypatch.setattr(train.Process, "total", lambda self, numbers: numbers)
+    monkeypatch.setattr(DistContext, "total", lambda self, numbers: numbers)
     assert relative_difference(average_of_two_processes(keep_own_count=True), whole) > 1
 
 
-class TwoProcesses(Process):
+class TwoProcesses(DistContext):
     """Stands for one of two processes: knows what the other one would have added to the box
     count."""
 
@@ -167,7 +166,7 @@ def average_of_two_processes(keep_own_count=False):
         seen = []
         probe = type(
             "Probe",
-            (Process,),
+            (DistContext,),
             {"total": lambda self, numbers, seen=seen: seen.append(float(numbers)) or numbers},
         )
         gradients(probe(rank, 2), IMAGES)
@@ -175,7 +174,7 @@ def average_of_two_processes(keep_own_count=False):
     shares = []
     for rank in range(2):
         process = (
-            Process(rank, 2)
+            DistContext(rank, 2)
             if keep_own_count
             else type("Summed", (TwoProcesses,), {"others": counts[1 - rank]})(rank, 2)
         )
