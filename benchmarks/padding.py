@@ -10,7 +10,8 @@ import numpy as np
 
 from query_detr.data.coco import coco_split
 from query_detr.data.transforms import Transformed, train_transform
-from query_detr.run.step import Process, epoch_steps, micro_batches
+from query_detr.run.distributed import DistContext
+from query_detr.run.step import epoch_steps, micro_batches
 
 
 def padded_share(sizes: dict[int, tuple[int, int]], pieces: list[list[int]]) -> float:
@@ -35,7 +36,7 @@ if __name__ == "__main__":
                 for step in steps
                 for rank in range(8)
                 for piece in micro_batches(
-                    step, Process(rank, 8), None, images.width if together else None
+                    step, DistContext(rank, 8), None, images.width if together else None
                 )
             ]
             shares[together].append(padded_share(sizes, pieces))

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .data.shapes import ShapesDataset
     from .matcher import match
     from .model import ModelConfig, QueryDETR
+    from .run.evaluate import evaluate
     from .run.recipes import Recipe, recipe_named, recipes
-    from .run.step import evaluate
     from .use.predict import predict
 
 __all__ = [
@@ -44,7 +44,7 @@ _MODULES = {
     "QueryDETR": ".model",
     "Recipe": ".run.recipes",
     "ShapesDataset": ".data.shapes",
-    "evaluate": ".run.step",
+    "evaluate": ".run.evaluate",
     "match": ".matcher",
     "predict": ".use.predict",
     "recipe_named": ".run.recipes",

@@ -17,7 +17,8 @@ from query_detr.data.shapes import ShapesDataset
 from query_detr.data.transforms import Transformed, train_transform
 from query_detr.denoising import Denoising
 from query_detr.model import ModelConfig, QueryDETR
-from query_detr.run.step import Process, compute_gradients, micro_batches
+from query_detr.run.distributed import DistContext
+from query_detr.run.step import compute_gradients, micro_batches
 
 POINTS = ModelConfig(
     classes=5,
@@ -56,7 +57,9 @@ CASES = {  # model, and eight scenes; of two processes, the second takes the las
 }
 
 
-def gradients(process: Process, micro_batch: int, case: str = "points") -> dict[str, torch.Tensor]:
+def gradients(
+    process: DistContext, micro_batch: int, case: str = "points"
+) -> dict[str, torch.Tensor]:
     """Take the same step of eight images, whichever share of it is this process's."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -75,7 +78,7 @@ def gradients(process: Process, micro_batch: int, case: str = "points") -> dict[
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     found = gradients(
-        Process(dist.get_rank(), dist.get_world_size()), int(sys.argv[2]), sys.argv[3]
+        DistContext(dist.get_rank(), dist.get_world_size()), int(sys.argv[2]), sys.argv[3]
     )
     if dist.get_rank() == 0:
         torch.save(found, sys.argv[1])

@@ -45,7 +45,7 @@ from .cpu import conv_linear, tune_malloc, use_fast_kernels
 from ..matcher import TermWeights, class_cost, match
 from ..model import QueryDETR
 from ..run.recipes import Recipe, change, recipe_named
-from ..run.step import batch_noise, compile_layers, make_optimizer
+from ..run.step import compile_layers, make_noise, make_optimizer
 from query_detr.use.interop import (
     check_exportable,
     fill_transformers,
@@ -232,7 +232,7 @@ class Subject:
         self.model.train()
         self.optimizer.zero_grad()
         watch = Stopwatch(self.workload.device)
-        noise = batch_noise(self.recipe.model, self.batch, (0, 0))
+        noise = make_noise(self.recipe.model, self.batch, (0, 0))
         predictions = self.detect(watch, self.recipe.model.groups, noise)
         with matching_apart(watch):
             outcome = self.criterion(

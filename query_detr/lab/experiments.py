@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAIN_SCENES', 'VAL_SCENES', 'CONDITIONAL', 'DAB', 'DENOISED', 'BCCD', 'VARIANTS', 'CLAIM', 'Variant', 'with_groups',
-           'with_rate', 'variant_named', 'open_data', 'new_progress', 'train', 'curve_of', 'instability_of',
-           'installed', 'machine', 'circumstances', 'compared_settings', 'result_of', 'as_text', 'keep', 'result_path',
+           'with_rate', 'variant_named', 'open_data', 'new_state', 'train', 'curve_of', 'instability_of', 'installed',
+           'machine', 'circumstances', 'compared_settings', 'result_of', 'as_text', 'keep', 'result_path',
            'check_settings', 'run_one', 'timed_steps', 'measure_costs', 'read_results', 'ap_at', 'mean_curve',
            'steps_to_reach', 'Row', 'compare', 'table', 'name_lines', 'draw_ap', 'draw_instability', 'step_costs',
            'draw_comparison', 'report', 'list_variants', 'main', 'make_parser', 'command_line']
@@ -35,10 +35,19 @@ from ..data.transforms import Transformed, train_transform
 from ..denoising import Denoising
 from ..model import QueryDETR
 from ..run.checkpoints import has_checkpoint, load_newest
+from ..run.distributed import DistContext
 from ..run.evaluate import METRICS
-from ..run.loop import Fault, Preempted, Progress, RunOptions, fit, start_run
+from ..run.faults import Preempted, TrainingError
+from ..run.loop import RunOptions, fit, restore
 from ..run.recipes import Recipe, change, differences, recipe_named, settings, sibling
-from ..run.step import Process, epoch_steps, load_steps, micro_batches, train_step
+from query_detr.run.step import (
+    TrainState,
+    epoch_steps,
+    load_steps,
+    micro_batches,
+    start_run,
+    train_step,
+)
 from ..use.plots import NOISE, OTHER_GROUP, new_axes, plt, read_metrics
 
 # %% ../../nbs/workshop/52_experiments.ipynb #constants
@@ -164,8 +173,8 @@ def open_data(recipe: Recipe, folder: str | None):
         raise InputError(f"{recipe.name} trains on pictures: name their folder with --pictures")
     return coco_split(folder, "train"), coco_split(folder, "val")
 
-# %% ../../nbs/workshop/52_experiments.ipynb #new-progress
-def new_progress(recipe: Recipe, seed: int, images: int, device: str = "cpu") -> Progress:
+# %% ../../nbs/workshop/52_experiments.ipynb #new-state
+def new_state(recipe: Recipe, seed: int, images: int, device: str = "cpu") -> TrainState:
     """Begin a run whose first weights are drawn from the seed alone."""
     torch.manual_seed(seed)
     return start_run(QueryDETR(recipe.model).to(device), recipe, seed, images)
@@ -180,16 +189,16 @@ def train(
     device: str = "cpu",
 ) -> list[dict]:  # lines of the run's metrics.jsonl
     """Train one variant with one seed, as `launch` would."""
-    progress = new_progress(recipe, seed, len(train_set), device)
+    state = new_state(recipe, seed, len(train_set), device)
     if has_checkpoint(folder):
-        progress.resume(*load_newest(folder))
+        restore(state, *load_newest(folder))
     folder.mkdir(parents=True, exist_ok=True)
     fit(
-        progress,
+        state,
         train_set,
         val_set,
         folder,
-        Process(device=device),
+        DistContext(device=device),
         RunOptions(log_instability=True),
     )
     return read_metrics(folder)
@@ -369,7 +378,7 @@ def timed_steps(recipe: Recipe, steps: int, pictures: str | None = None) -> Iter
         0,
         0,
     )
-    progress, process = new_progress(recipe, 0, len(images)), Process()
+    state, process = new_state(recipe, 0, len(images)), DistContext()
     criterion = recipe.criterion()
     for batches in load_steps(
         images,
@@ -379,15 +388,7 @@ def timed_steps(recipe: Recipe, steps: int, pictures: str | None = None) -> Iter
         ],
     ):
         start = time.perf_counter()
-        train_step(
-            progress.model,
-            batches,
-            criterion,
-            progress.optimizer,
-            progress.schedule,
-            recipe.clip,
-            process,
-        )
+        train_step(state, batches, criterion, process)
         yield time.perf_counter() - start
 
 # %% ../../nbs/workshop/52_experiments.ipynb #measure-costs
@@ -761,7 +762,7 @@ def command_line(arguments: list[str] | None = None) -> int:  # exit status
     options = vars(make_parser().parse_args(arguments))
     try:
         return exit_status(main, options)
-    except Fault as error:
+    except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Preempted as said:

@@ -4,23 +4,33 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'Detections', 'postprocess', 'detection_rows', 'fast_engine', 'load_engine', 'coco_evaluation',
-           'coco_metrics', 'metrics_of', 'metric_text', 'text_table', 'ClassResult', 'per_class', 'by_image',
-           'duplicates', 'detect_all']
+           'metrics_of', 'coco_metrics', 'metric_text', 'text_table', 'ClassResult', 'per_class', 'group_by_image',
+           'times_found', 'duplicates', 'run_inference', 'eval_batches', 'detected_rows', 'evaluate',
+           'objects_of_queries']
 
 # %% ../../nbs/runs/33_evaluate.ipynb #imports
 import contextlib
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
-from ..batch import Batch, InputError, Predictions
+from ..batch import Batch, InputError, Predictions, collate
 from ..boxes import iou, to_xyxy
+from ..criterion import Criterion
+from ..data.transforms import Transformed, eval_transform
+from ..matcher import assignment_table, match
+from .distributed import DistContext, gather_rows
+from .recipes import Recipe
+from .step import autocast_context, keep_through_sigterm
 
 # %% ../../nbs/runs/33_evaluate.ipynb #detections
 @dataclass
@@ -38,13 +48,13 @@ def postprocess(
     keep: int = 100,  # (query, class) pairs to keep per image
     layer: int = -1,  # decoder layer to listen to; -1: the last
 ) -> Detections:
-    """Keep the best (query, class) pairs of a layer and scale their boxes to pixels.
-    `PostProcess` in DETR's words."""
+    """Keep the best (query, class) pairs of a layer, boxes in pixels (DETR: `PostProcess`)."""
     scores = predictions.logits[layer].float().sigmoid()
     best, index = scores.flatten(1).topk(min(keep, scores[0].numel()))
     query, label = index // scores.shape[-1], index % scores.shape[-1]
     boxes = predictions.boxes[layer].float().gather(1, query[..., None].expand(-1, -1, 4))
-    return Detections(best, label, to_xyxy(boxes) * original_sizes.flip(-1).repeat(1, 2)[:, None])
+    width_height = original_sizes.flip(-1).repeat(1, 2)[:, None]
+    return Detections(best, label, to_xyxy(boxes) * width_height)
 
 # %% ../../nbs/runs/33_evaluate.ipynb #detection-rows
 def detection_rows(
@@ -53,35 +63,33 @@ def detection_rows(
     category_ids: tuple[int, ...],  # of labels 0..C-1
 ) -> Tensor:  # [B · k, 7] float64: image id, left, top, width, height, score, category id
     """Write detections as COCO's table, classes back in the numbering of the annotation file."""
-    k = detections.scores.shape[1]
-    boxes = detections.boxes_xyxy.double().cpu().flatten(0, 1)
-    ids = torch.tensor(image_ids, dtype=torch.float64).repeat_interleave(k)
+    kept = detections.scores.shape[1]
+    ids = torch.tensor(image_ids, dtype=torch.float64).repeat_interleave(kept)
+    left_top, right_bottom = detections.boxes_xyxy.double().cpu().flatten(0, 1).split(2, dim=1)
+    scores = detections.scores.double().cpu().flatten()
     categories = torch.tensor(category_ids, dtype=torch.float64)[detections.labels.cpu().flatten()]
-    return torch.cat(
-        [
-            ids[:, None],
-            boxes[:, :2],
-            boxes[:, 2:] - boxes[:, :2],
-            detections.scores.double().cpu().flatten()[:, None],
-            categories[:, None],
-        ],
-        1,
-    )
+    columns = [
+        ids[:, None],
+        left_top,
+        right_bottom - left_top,
+        scores[:, None],
+        categories[:, None],
+    ]
+    return torch.cat(columns, dim=1)
 
-# %% ../../nbs/runs/33_evaluate.ipynb #load-engine
-def fast_engine():  # module, or None
-    """Import hotcoco, if a version is installed that gives pycocotools' numbers to the last bit:
-    1.3 or newer."""
+# %% ../../nbs/runs/33_evaluate.ipynb #fast-engine
+def fast_engine() -> Any:  # the module hotcoco, or None
+    """Import hotcoco if it is 1.3 or newer: these give pycocotools' numbers to the last bit."""
     try:
-        import hotcoco
+        import hotcoco  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     return hotcoco if tuple(map(int, hotcoco.__version__.split(".")[:2])) >= (1, 3) else None
 
-
+# %% ../../nbs/runs/33_evaluate.ipynb #load-engine
 def load_engine(
     name: str = "auto",  # pycocotools, hotcoco, or auto: hotcoco if it is installed
-) -> tuple[type, type]:  # its classes COCO and COCOeval
+) -> tuple[type[Any], type[Any]]:  # its classes COCO and COCOeval
     """Choose the library that computes AP."""
     if name not in ("auto", "pycocotools", "hotcoco"):
         raise InputError(
@@ -90,8 +98,8 @@ def load_engine(
     fast = None if name == "pycocotools" else fast_engine()
     if name == "hotcoco" and not fast:
         raise InputError(
-            "the evaluation engine hotcoco is not installed, or is older than 1.3: pip "
-            "install 'hotcoco>=1.3', or choose pycocotools"
+            "the evaluation engine hotcoco is not installed, or is older than 1.3: "
+            "pip install 'hotcoco>=1.3', or choose pycocotools"
         )
     return (fast.COCO, fast.COCOeval) if fast else (COCO, COCOeval)
 
@@ -106,23 +114,24 @@ def coco_evaluation(
         raise InputError(
             "detections hold numbers that are not finite: the model that made them has diverged"
         )
-    Dataset, Judge = load_engine(engine)
+    coco_class, evaluator_class = load_engine(engine)
     # numbered from 1 on: pycocotools takes a match with object 0 for none
     annotations = [dict(a, id=n) for n, a in enumerate(ground_truth["annotations"], 1)]
     with contextlib.redirect_stdout(io.StringIO()):
-        truth, found = Dataset(), Dataset()
-        truth.dataset, found.dataset = (
-            dict(ground_truth, annotations=annotations),
-            dict(ground_truth, annotations=[]),
-        )
-        truth.createIndex(), found.createIndex()
+        truth, detections = coco_class(), coco_class()
+        truth.dataset = dict(ground_truth, annotations=annotations)
+        truth.createIndex()
+        detections.dataset = dict(ground_truth, annotations=[])
+        detections.createIndex()
         if len(rows):
-            found = truth.loadRes(rows.double().numpy())
-        judge = Judge(truth, found, "bbox")
-        judge.evaluate(), judge.accumulate(), judge.summarize()
-    return judge
+            detections = truth.loadRes(rows.double().numpy())
+        evaluator = evaluator_class(truth, detections, "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return evaluator
 
-# %% ../../nbs/runs/33_evaluate.ipynb #coco-metrics
+# %% ../../nbs/runs/33_evaluate.ipynb #metric-names
 METRICS = (
     "AP",
     "AP50",
@@ -138,7 +147,12 @@ METRICS = (
     "AR_large",
 )
 
+# %% ../../nbs/runs/33_evaluate.ipynb #metrics-of
+def metrics_of(evaluator: COCOeval) -> dict[str, float]:  # see `coco_metrics`
+    """Take the 12 numbers from a finished evaluation."""
+    return dict(zip(METRICS, map(float, evaluator.stats), strict=True))
 
+# %% ../../nbs/runs/33_evaluate.ipynb #coco-metrics
 def coco_metrics(
     ground_truth: dict,
     rows: Tensor,  # [n, 7] see `detection_rows`
@@ -147,42 +161,33 @@ def coco_metrics(
     """Compute COCO's 12 numbers."""
     return metrics_of(coco_evaluation(ground_truth, rows, engine))
 
-
-def metrics_of(judge: COCOeval) -> dict[str, float]:  # see `coco_metrics`
-    """Take the 12 numbers from a finished evaluation."""
-    return dict(zip(METRICS, map(float, judge.stats)))
-
-# %% ../../nbs/runs/33_evaluate.ipynb #text-table
+# %% ../../nbs/runs/33_evaluate.ipynb #metric-text
 def metric_text(value: float) -> str:  # three digits, or –
     """Write down a metric in 0..1, or that there was nothing to measure."""
     return f"{value:.3f}" if value >= 0 else "–"
 
-
+# %% ../../nbs/runs/33_evaluate.ipynb #text-table
 def text_table(
     titles: tuple[str, ...],
     lines: Iterable[tuple],  # of words, whole numbers, and metrics in 0..1
 ) -> str:
-    """Line up a table, the first column to the left; a metric of -1, which had nothing to
-    measure, is written as –."""
-    cells = [
-        titles,
-        *(
-            [metric_text(value) if isinstance(value, float) else str(value) for value in line]
-            for line in lines
-        ),
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join(
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])),
-            ]
-        )
-        for line in cells
-    )
+    """Line up a table, the first column to the left.
 
-# %% ../../nbs/runs/33_evaluate.ipynb #per-class
+    A metric of -1, which had nothing to measure, is written as –.
+    """
+    cells = [list(titles)]
+    for line in lines:
+        cells.append([metric_text(v) if isinstance(v, float) else str(v) for v in line])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def aligned(line: list[str]) -> str:
+        first, *others = line
+        columns = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        return "  ".join([first.ljust(widths[0]), *columns])
+
+    return "\n".join(map(aligned, cells))
+
+# %% ../../nbs/runs/33_evaluate.ipynb #class-result
 @dataclass(frozen=True)
 class ClassResult:
     """How well one class is detected."""
@@ -192,69 +197,70 @@ class ClassResult:
     AP: float  # in 0..1; -1 without objects
     AP50: float
 
-
-def per_class(judge: COCOeval) -> list[ClassResult]:  # in the order of the category ids
+# %% ../../nbs/runs/33_evaluate.ipynb #per-class
+def per_class(evaluator: COCOeval) -> list[ClassResult]:  # in the order of the category ids
     """Take AP of every class from a finished evaluation, see `coco_evaluation`."""
-    precision = judge.eval["precision"][
-        :, :, :, 0, -1
-    ]  # [thresholds, recalls, classes] for objects of any size
+    # [thresholds, recalls, classes] for objects of any size
+    precision = evaluator.eval["precision"][:, :, :, 0, -1]
 
-    def mean(values):
-        return float(values[values > -1].mean()) if (values > -1).any() else -1.0
+    def mean(values: np.ndarray) -> float:
+        known = values[values > -1]
+        return float(known.mean()) if len(known) else -1.0
 
-    truth = judge.cocoGt
-    return [
-        ClassResult(
-            category["name"],
-            len(truth.getAnnIds(catIds=[category["id"]], iscrowd=False)),
-            mean(precision[:, :, k]),
-            mean(precision[0, :, k]),
-        )
-        for k, category in enumerate(truth.loadCats(judge.params.catIds))
-    ]
+    truth: Any = evaluator.cocoGt
+    results = []
+    for k, category in enumerate(truth.loadCats(evaluator.params.catIds)):
+        objects = len(truth.getAnnIds(catIds=[category["id"]], iscrowd=False))
+        ap, ap50 = mean(precision[:, :, k]), mean(precision[0, :, k])
+        results.append(ClassResult(category["name"], objects, ap, ap50))
+    return results
 
-# %% ../../nbs/runs/33_evaluate.ipynb #duplicates
-def by_image(
+# %% ../../nbs/runs/33_evaluate.ipynb #group-by-image
+def group_by_image(
     table: Tensor,  # [n, 1 + m] image id, and m other columns
 ) -> dict[float, Tensor]:  # per image id its rows [k, m], in their old order
     """Cut a table into one per image."""
     ids, order = table[:, 0].sort(stable=True)
     ids, counts = ids.unique_consecutive(return_counts=True)
-    return dict(zip(ids.tolist(), table[order, 1:].split(counts.tolist())))
+    parts = table[order, 1:].split(counts.tolist())
+    return dict(zip(ids.tolist(), parts, strict=True))
 
+# %% ../../nbs/runs/33_evaluate.ipynb #times-found
+def times_found(
+    objects: Tensor,  # [T, 5] left, top, width, height, class of an image's objects
+    detections: Tensor,  # [n, 5] of the same image
+    overlap: float,  # the least IoU of a detection with its object
+) -> Tensor:  # [T]
+    """Count how often each object of an image is found.
 
+    A detection belongs to the object of its class that it overlaps most.
+    """
+    object_boxes = box_convert(objects[:, None, :4], "xywh", "xyxy")
+    detected_boxes = box_convert(detections[:, :4], "xywh", "xyxy")
+    same_class = objects[:, None, 4] == detections[:, 4]
+    best, which = (iou(object_boxes, detected_boxes) * same_class).max(0)
+    return which[best >= overlap].bincount(minlength=len(objects))
+
+# %% ../../nbs/runs/33_evaluate.ipynb #duplicates
 def duplicates(
     ground_truth: dict,
     rows: Tensor,  # [n, 7] see `detection_rows`
     score: float = 0.3,  # the least score of a detection that counts
     overlap: float = 0.5,  # the least IoU with its object
-) -> dict[
-    str, float
-    # `objects_found`, a share, and `detections_per_object` of these, 1 without duplicates; -1
-    # without
-    # objects, or without any found
-]:
-    """Count how often objects are found: a detection belongs to the object of its image and
-    class that it overlaps most. Crowds are left out."""
+) -> dict[str, float]:
+    """Count how often objects are found, crowds left out.
+
+    Gives `objects_found`, a share, and `detections_per_object` of these, 1 without duplicates;
+    -1 without objects, or without any found.
+    """
+    singles = [a for a in ground_truth["annotations"] if not a["iscrowd"]]
     objects = torch.tensor(
-        [
-            [a["image_id"], *a["bbox"], a["category_id"]]
-            for a in ground_truth["annotations"]
-            if not a["iscrowd"]
-        ],
-        dtype=torch.float64,
+        [[a["image_id"], *a["bbox"], a["category_id"]] for a in singles], dtype=torch.float64
     )
-    detections, counts = (
-        by_image(rows[rows[:, 5] >= score][:, [0, 1, 2, 3, 4, 6]]),
-        [torch.zeros(0, dtype=torch.int64)],
-    )
-    for image, here in by_image(objects.reshape(-1, 6)).items():
-        seen = detections.get(image, here[:0])
-        overlaps = iou(
-            box_convert(here[:, None, :4], "xywh", "xyxy"), box_convert(seen[:, :4], "xywh", "xyxy")
-        ) * (here[:, None, 4] == seen[:, 4])  # [objects, detections]
-        best, which = overlaps.max(0)
-        counts.append(which[best >= overlap].bincount(minlength=len(here)))
+    detections = group_by_image(rows[rows[:, 5] >= score][:, [0, 1, 2, 3, 4, 6]])
+    counts = [torch.zeros(0, dtype=torch.int64)]
+    for image, in_image in group_by_image(objects.reshape(-1, 6)).items():
+        counts.append(times_found(in_image, detections.get(image, in_image[:0]), overlap))
     times = torch.cat(counts)
     found = times[times > 0].double()
     return dict(
@@ -262,9 +268,9 @@ def duplicates(
         detections_per_object=found.mean().item() if len(found) else -1.0,
     )
 
-# %% ../../nbs/runs/33_evaluate.ipynb #detect-all
+# %% ../../nbs/runs/33_evaluate.ipynb #run-inference
 @torch.no_grad()
-def detect_all(
+def run_inference(
     model: nn.Module,
     batches: Iterable[Batch],
     category_ids: tuple[int, ...],
@@ -272,23 +278,105 @@ def detect_all(
     device: torch.device | str = "cpu",
     layers: Iterable[int] = (-1,),  # decoder layers to listen to; -1: the last
 ) -> list[Tensor]:  # per layer [n, 7] see `detection_rows`
-    """Detect in every batch, running the model once for all layers; it is left in the mode in
-    which it came."""
+    """Detect in every batch, running the model once for all layers.
+
+    The model is left in the mode in which it came.
+    """
     training = model.training
     model.eval()
-    tables = {
-        layer: [torch.zeros(0, 7, dtype=torch.float64)] for layer in layers
-    }  # a process may have no batch
+    nothing = torch.zeros(0, 7, dtype=torch.float64)  # a process may have no batch
+    tables = {layer: [nothing] for layer in layers}
     for batch in batches:
         batch = batch.to(device)
         predictions = model(batch.images, batch.pad_mask)
         for layer, rows in tables.items():
-            rows.append(
-                detection_rows(
-                    postprocess(predictions, batch.original_sizes, keep, layer),
-                    batch.image_ids,
-                    category_ids,
-                )
-            )
+            detections = postprocess(predictions, batch.original_sizes, keep, layer)
+            rows.append(detection_rows(detections, batch.image_ids, category_ids))
     model.train(training)
     return [torch.cat(rows) for rows in tables.values()]
+
+# %% ../../nbs/runs/33_evaluate.ipynb #eval-batches
+def eval_batches(
+    dataset,
+    recipe: Recipe,
+    process: DistContext = DistContext(),
+    workers: int = 0,  # processes that load images
+) -> DataLoader:
+    """Load this process's share of a data set for evaluation.
+
+    The batches are fixed before they are shared out: padding, and with it AP, is the same for
+    any number of processes.
+    """
+    images = Transformed(dataset, eval_transform(recipe.short_side or None, recipe.longest_side))
+    size = recipe.eval_batch_size
+    batches = [list(range(i, min(i + size, len(images)))) for i in range(0, len(images), size)]
+    return DataLoader(
+        images,  # pyright: ignore[reportArgumentType]  # it has the two methods that are asked for
+        batch_sampler=batches[process.rank :: process.world],
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=keep_through_sigterm,
+    )
+
+# %% ../../nbs/runs/33_evaluate.ipynb #detected-rows
+def detected_rows(
+    model: nn.Module,
+    dataset,
+    recipe: Recipe,
+    process: DistContext = DistContext(),
+    workers: int = 0,
+    layers: tuple[int, ...] = (-1,),  # decoder layers to listen to
+) -> list[Tensor]:  # per layer [n, 7], see `detection_rows`; the same in all processes
+    """Detect in all images of a data set, shared out over the processes."""
+    batches = eval_batches(dataset, recipe, process, workers)
+    with autocast_context(recipe, process.device):
+        tables = run_inference(
+            model, batches, dataset.category_ids, recipe.keep, process.device, layers
+        )
+    return [gather_rows(rows, process) for rows in tables]
+
+# %% ../../nbs/runs/33_evaluate.ipynb #evaluate
+def evaluate(
+    model: nn.Module,
+    dataset,
+    recipe: Recipe,
+    process: DistContext = DistContext(),
+    workers: int = 0,
+) -> dict[str, float]:  # COCO's 12 numbers
+    """Detect in all images; the first process computes AP and tells the others."""
+    (rows,) = detected_rows(model, dataset, recipe, process, workers)
+    numbers = torch.zeros(len(METRICS), dtype=torch.float64)
+    if process.is_main:
+        metrics = coco_metrics(dataset.ground_truth(), rows)
+        numbers = torch.tensor(list(metrics.values()), dtype=torch.float64)
+    return dict(zip(METRICS, process.total(numbers).tolist(), strict=True))
+
+# %% ../../nbs/runs/33_evaluate.ipynb #objects-of-queries
+@torch.no_grad()
+def objects_of_queries(
+    model: nn.Module,
+    dataset,
+    recipe: Recipe,
+    criterion: Criterion,
+    process: DistContext = DistContext(),
+    workers: int = 0,
+) -> Tensor:  # [images, N]
+    """Match what the last layer predicts in every image.
+
+    The model is left in the mode in which it came.
+    """
+    training = model.training
+    model.eval()
+    nothing = torch.zeros(0, 1 + recipe.model.queries, dtype=torch.int64)
+    rows = [nothing]  # a process may have no batch
+    for batch in eval_batches(dataset, recipe, process, workers):
+        batch = batch.to(process.device)
+        last = model(batch.images, batch.pad_mask).last()
+        assignment = match(
+            last.logits, last.boxes, batch.targets, criterion.cost, criterion.giou_eps
+        )
+        table = assignment_table(assignment, len(batch), last.logits.shape[2])[0].cpu()
+        rows.append(torch.cat([torch.tensor(batch.image_ids)[:, None], table], 1))
+    model.train(training)
+    gathered = gather_rows(torch.cat(rows), process)
+    return gathered[gathered[:, 0].argsort()][:, 1:]

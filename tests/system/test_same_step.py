@@ -9,7 +9,7 @@ import torch
 from conditions import relative_difference
 from step_worker import CASES, IMAGES, gradients
 
-from query_detr.run.step import Process
+from query_detr.run.distributed import DistContext
 
 WORKER = Path(__file__).parents[1] / "step_worker.py"
 
@@ -37,16 +37,18 @@ SAME = [case for case in CASES if case != "visible padding"]
 
 @pytest.mark.parametrize("case", SAME)
 def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(case):
-    whole = gradients(Process(), IMAGES, case)
+    whole = gradients(DistContext(), IMAGES, case)
     assert all(g is not None and g.isfinite().all() for g in whole.values())
-    assert relative_difference(gradients(Process(), 4, case), whole) <= 1
-    assert relative_difference(gradients(Process(), 1, case), whole) <= 1
+    assert relative_difference(gradients(DistContext(), 4, case), whole) <= 1
+    assert relative_difference(gradients(DistContext(), 1, case), whole) <= 1
 
 
 @pytest.mark.parametrize("case", SAME)
 def test_two_processes_give_the_gradients_of_one(case, tmp_path):
     assert (
-        relative_difference(in_processes(2, 4, tmp_path, case), gradients(Process(), IMAGES, case))
+        relative_difference(
+            in_processes(2, 4, tmp_path, case), gradients(DistContext(), IMAGES, case)
+        )
         <= 1
     )
 
@@ -58,7 +60,8 @@ def test_more_processes_and_accumulation_give_the_gradients_of_one(
     case = "groups and noise"
     assert (
         relative_difference(
-            in_processes(processes, micro_batch, tmp_path, case), gradients(Process(), IMAGES, case)
+            in_processes(processes, micro_batch, tmp_path, case),
+            gradients(DistContext(), IMAGES, case),
         )
         <= 1
     )
@@ -69,8 +72,8 @@ def test_padding_slots_that_are_visible_make_a_step_depend_on_its_micro_batches(
     image beside it."""
     assert (
         relative_difference(
-            gradients(Process(), 2, "visible padding"),
-            gradients(Process(), IMAGES, "visible padding"),
+            gradients(DistContext(), 2, "visible padding"),
+            gradients(DistContext(), IMAGES, "visible padding"),
         )
         > 100
     )

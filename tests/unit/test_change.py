@@ -24,8 +24,9 @@ from query_detr.groups import repeat_targets
 from query_detr.matcher import TermWeights
 from query_detr.model import QueryDETR
 from query_detr.queries import AnchorQueries
+from query_detr.run.evaluate import evaluate
 from query_detr.run.recipes import Recipe, recipe_named
-from query_detr.run.step import evaluate, make_optimizer, make_schedule, train_step
+from query_detr.run.step import start_run, train_step
 
 
 def learn(recipe: Recipe, steps: int = 2, scenes: DetectionDataset | None = None) -> QueryDETR:
@@ -34,19 +35,10 @@ def learn(recipe: Recipe, steps: int = 2, scenes: DetectionDataset | None = None
     pictures = Transformed(scenes, eval_transform(short=None))
     batch = collate([pictures[i] for i in range(4)])
     learner = QueryDETR(recipe.model).train()
-    optimizer = make_optimizer(learner, recipe)
-    schedule = make_schedule(optimizer, recipe, steps)
+    state = start_run(learner, recipe, seed=0, images=len(batch))
     before = learner.queries.embedding.weight.clone()
-    for step in range(steps):
-        outcome = train_step(
-            learner,
-            [batch],
-            Criterion(groups=recipe.model.groups),
-            optimizer,
-            schedule,
-            0.1,
-            noise_key=(0, step),
-        )
+    for _ in range(steps):
+        outcome = train_step(state, [batch], Criterion(groups=recipe.model.groups))
         assert all(loss.isfinite().all() for loss in outcome.losses.values())
     assert not torch.equal(before, learner.queries.embedding.weight)
     assert 0 <= evaluate(learner, scenes, recipe)["AP"] <= 1

@@ -118,9 +118,9 @@ def test_every_option_of_launch_main_is_passed_on(monkeypatch):
 
 
 def test_faults_keep_their_exit_status(monkeypatch, capsys):
-    from query_detr.run.loop import Fault, Preempted
+    from query_detr.run.faults import Preempted, TrainingError
 
-    for error, expected in ((Fault("broken"), 1), (Preempted("saved"), 143)):
+    for error, expected in ((TrainingError("broken"), 1), (Preempted("saved"), 143)):
 
         def stop(error=error, **options):
             raise error

@@ -19,11 +19,11 @@ from query_detr.run.evaluate import (
     METRICS,
     coco_evaluation,
     coco_metrics,
-    detect_all,
     duplicates,
     load_engine,
     metric_text,
     per_class,
+    run_inference,
     text_table,
 )
 from query_detr.use.plots import read_metrics, show_run
@@ -337,7 +337,7 @@ def test_every_layer_is_read_from_one_run_of_the_model():
         for i in range(3)
     ]
     model = Counted().train()
-    tables = detect_all(model, batches, (3, 5, 7, 9), keep=8, layers=range(3))
+    tables = run_inference(model, batches, (3, 5, 7, 9), keep=8, layers=range(3))
     assert model.calls == 3
     assert model.training
     assert [t.shape for t in tables] == [(48, 7)] * 3
@@ -345,10 +345,10 @@ def test_every_layer_is_read_from_one_run_of_the_model():
     assert not torch.equal(tables[1], tables[2])
     for layer, table in enumerate(tables):
         assert torch.equal(
-            detect_all(model, batches, (3, 5, 7, 9), keep=8, layers=[layer])[0], table
+            run_inference(model, batches, (3, 5, 7, 9), keep=8, layers=[layer])[0], table
         )
-    assert torch.equal(detect_all(model, batches, (3, 5, 7, 9), keep=8)[0], tables[-1])
-    assert [t.shape for t in detect_all(model, [], (3, 5, 7, 9), layers=range(3))] == [
+    assert torch.equal(run_inference(model, batches, (3, 5, 7, 9), keep=8)[0], tables[-1])
+    assert [t.shape for t in run_inference(model, [], (3, 5, 7, 9), layers=range(3))] == [
         (0, 7)
     ] * 3  # a process without images
 

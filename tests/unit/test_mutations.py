@@ -27,7 +27,7 @@ from step_worker import IMAGES, gradients
 from query_detr import attention, criterion, denoising, features, layout, losses, matcher, queries
 from query_detr.boxes import iou
 from query_detr.criterion import Criterion
-from query_detr.run.step import Process
+from query_detr.run.distributed import DistContext
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,8 @@ def test_costs_of_another_image_are_noticed(golden, monkeypatch):
 
 
 def test_count_that_is_not_summed_over_micro_batches_is_noticed(monkeypatch):
-    whole = gradients(Process(), IMAGES)
-    assert relative_difference(gradients(Process(), 2), whole) <= 1
+    whole = gradients(DistContext(), IMAGES)
+    assert relative_difference(gradients(DistContext(), 2), whole) <= 1
     own_count = Criterion.__call__
     monkeypatch.setattr(
         Criterion,
@@ -108,17 +108,17 @@ def test_count_that_is_not_summed_over_micro_batches_is_noticed(monkeypatch):
             self, predictions, targets, max(1, len(targets)), noise
         ),
     )
-    assert relative_difference(gradients(Process(), 2), whole) > 1
+    assert relative_difference(gradients(DistContext(), 2), whole) > 1
 
 
 def test_count_that_is_not_summed_over_processes_is_noticed():
-    whole = gradients(Process(), IMAGES)
+    whole = gradients(DistContext(), IMAGES)
     average = average_of_two_processes()
     assert relative_difference(average, whole) <= 1
     assert relative_difference(average_of_two_processes(keep_own_count=True), whole) > 1
 
 
-class Counting(Process):
+class Counting(DistContext):
     """One of two processes: notes what it adds to the box count, and knows what the other adds."""
 
     others = 0.0
