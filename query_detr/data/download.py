@@ -18,6 +18,7 @@ import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any, cast
 from urllib.error import HTTPError
 from zipfile import BadZipFile, ZipFile
 
@@ -159,7 +160,7 @@ def complete(
     version = note.read_text() if note.exists() else ""
     start = part.stat().st_size if part.exists() and (version or verified) else 0
     with (
-        open_address(address, start, version) or open_address(address) as response,
+        cast(Any, open_address(address, start, version) or open_address(address)) as response,
         open(part, "ab") as file,
     ):
         try:

@@ -8,6 +8,7 @@ __all__ = ['resized', 'ResizeShortSide', 'RandomSizedCrop', 'to_tensor', 'eval_t
 # %% ../../nbs/runs/24_transforms.ipynb #imports
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -123,7 +124,7 @@ def train_transform(
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, crop]), to_tensor()])
 
 # %% ../../nbs/runs/24_transforms.ipynb #transformed
-class Transformed:
+class Transformed(Dataset):
     """A data set seen through a transform whose randomness depends on (seed, epoch, image)
     alone."""
 

@@ -15,7 +15,7 @@ import json
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -142,8 +143,9 @@ class Stopwatch:
 
     def lap(self, name: str) -> None:
         """Give a name to the time since the lap before."""
-        now = torch.cuda.Event(enable_timing=True) if self.on_gpu else perf_counter()
+        now: Any = perf_counter()
         if self.on_gpu:
+            now = torch.cuda.Event(enable_timing=True)
             now.record()
         self.marks.append((name, now))
 
@@ -183,9 +185,8 @@ class Subject:
             tune_malloc()  # as a run does
         self.workload, self.recipe, device = workload, workload.settings(), workload.device
         self.model = QueryDETR(self.recipe.model).to(device)
-        nn.init.normal_(
-            self.model.box_head.layers[-1].weight, std=0.02
-        )  # boxes that differ, as in a model that has learned
+        last = cast(nn.Linear, self.model.box_head.layers[-1])
+        nn.init.normal_(last.weight, std=0.02)  # boxes that differ, as in a model that has learned
         if workload.compile:
             compile_layers(self.model)
         elif workload.device == "cpu":
@@ -344,7 +345,7 @@ def add_total(laps: dict[str, float], name: str) -> dict[str, float]:
     return {**laps, name: sum(laps.values())}
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """Sum up repetitions."""
     return dict(median=median(values), least=min(values), most=max(values))
 
@@ -632,7 +633,7 @@ class Twin:
             if points
             else transformers.DabDetrForObjectDetection
         )
-        theirs = transformers_config(transformers, subject.model)
+        theirs: Any = transformers_config(transformers, subject.model)
         theirs.auxiliary_loss, theirs.attention_dropout, theirs.activation_dropout = (
             True,
             config.dropout,
@@ -750,7 +751,7 @@ def profile_step(workload: Workload) -> dict:
         subject.step()
         if on_gpu:
             torch.cuda.synchronize()  # waits once itself
-    waits = Counter(event.name for event in profiler.events() if event.name in WAITS)
+    waits = Counter(event.name for event in profiler.events() or () if event.name in WAITS)
     key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     top = profiler.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=50)
     return dict(what=str(workload), waits=dict(waits), top=top)

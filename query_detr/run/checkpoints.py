@@ -13,6 +13,7 @@ import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
@@ -175,7 +176,7 @@ def imagenet_weights(name: str) -> dict:
     """Fetch torchvision's ImageNet weights of a backbone (the first version, which the published
     results use)."""
     try:
-        weights = models.get_model_weights(name).IMAGENET1K_V1
+        weights = cast(Any, models.get_model_weights(name)).IMAGENET1K_V1
     except (ValueError, AttributeError):
         raise InputError(
             f"there are no ImageNet weights for {name}: use --backbone-weights none"

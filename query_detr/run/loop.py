@@ -13,6 +13,7 @@ import json
 import math
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -110,9 +111,9 @@ class Progress:
         return self.step // self.per_epoch
 
     @property
-    def judged(self) -> nn.Module:
+    def judged(self) -> QueryDETR:
         """The model that is evaluated and kept: the running average, if there is one."""
-        return self.average.module if self.average else plain(self.model)
+        return plain(self.average.module if self.average else self.model)
 
     def content(self) -> dict:
         return dict(
@@ -297,7 +298,8 @@ def peak_memory(device: str) -> float:
     process's."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    unit = 1 if sys.platform == "darwin" else 1000  # bytes there, kilobytes elsewhere
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def summed_up(
@@ -631,9 +633,8 @@ def tell_replaced(names: list[str], epoch: int, step: int, log: RunLog, process:
     count = int(process.total(torch.tensor(float(len(names)))))
     if not count:
         return
-    gathered = [names]
+    gathered = [names for _ in range(process.world)]
     if process.world > 1:
-        gathered = [None] * process.world
         dist.all_gather_object(gathered, names)
     known = sorted({name for part in gathered for name in part})
     log.write(epoch=epoch, step=step, replaced=count, replaced_files=known[:100])

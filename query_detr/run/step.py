@@ -14,10 +14,10 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from ..criterion import Criterion
 from ..data.transforms import Transformed, eval_transform
 from ..denoising import Noise, apply_noise, sample_noise
 from ..matcher import assignment_table, match, solve_tables
-from ..model import ModelConfig
+from ..model import ModelConfig, QueryDETR
 from .evaluate import METRICS, coco_metrics, detect_all
 from .recipes import Recipe
 
@@ -154,9 +154,9 @@ def batch_noise(
     return apply_noise(batch.targets, draws.to(batch.images.device), config.denoising)
 
 
-def plain(model: nn.Module) -> nn.Module:
+def plain(model: nn.Module) -> QueryDETR:
     """Take off the wrapping of distributed training."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    return cast(QueryDETR, model.module if isinstance(model, DistributedDataParallel) else model)
 
 # %% ../../nbs/runs/32_step.ipynb #solve-timer
 class SolveTimer:
@@ -178,12 +178,8 @@ def compute_gradients(
     criterion: Criterion,
     process: Process = Process(),
     noise_key: tuple[int, int] = (0, 0),  # seed and epoch: what noise depends on, beside the image
-    context=nullcontext,  # of the forward pass, see `precision`
-) -> tuple[
-    dict[str, Tensor], float
-    # losses [L] of this process by name, see `CriterionOutput`; summed over processes, those of the
-    # step. Seconds of matching
-]:
+    context: Callable[[], AbstractContextManager] = nullcontext,  # see `precision`
+) -> tuple[dict[str, Tensor], float]:  # losses [L] by name, and seconds of matching
     """Add the gradients of one step, the same whatever number of processes and micro-batches
     share it; with noise, if its empty slots are hidden."""
     boxes = process.total(torch.tensor(float(sum(len(b.targets) for b in batches)))).item()
@@ -196,7 +192,7 @@ def compute_gradients(
     for i, batch in enumerate(batches):
         batch = batch.to(process.device)
         waits = isinstance(model, DistributedDataParallel) and i < len(batches) - 1
-        with model.no_sync() if waits else nullcontext():
+        with cast(Any, model).no_sync() if waits else nullcontext():
             noise = batch_noise(plain(model).config, batch, noise_key)
             with context():
                 predictions = model(batch.images, batch.pad_mask, noise)
@@ -244,7 +240,7 @@ def train_step(
     clip: float,
     process: Process = Process(),
     noise_key: tuple[int, int] = (0, 0),
-    context=nullcontext,
+    context: Callable[[], AbstractContextManager] = nullcontext,
     watch: Watch | None = None,
     step: int = 0,
 ) -> Step:
@@ -255,11 +251,12 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     if watch:
         watch.look(losses, norm, step)
-        optimizer.grad_scale, optimizer.found_inf = (
-            None,
-            watch.bad,
-        )  # the fused kernel reads it and updates nothing if it is 1
-    optimizer.step(), schedule.step()
+        # what `GradScaler` sets: the fused kernel updates nothing where found_inf is 1
+        scaled: Any = optimizer
+        scaled.grad_scale = None
+        scaled.found_inf = watch.bad
+    optimizer.step()
+    schedule.step()
     return Step(losses, norm, seconds)
 
 # %% ../../nbs/runs/32_step.ipynb #seed-dropout
@@ -282,7 +279,7 @@ def precision(recipe: Recipe, device: str):
     )
 
 # %% ../../nbs/runs/32_step.ipynb #compile-layers
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: QueryDETR) -> None:
     """Compile the layers of the transformer and the stages of the backbone, once for all image
     sizes."""
     for layer in (*model.backbone.compiled_parts(), *model.encoder.layers, *model.decoder.layers):
@@ -360,7 +357,7 @@ def evaluate(
 # %% ../../nbs/runs/32_step.ipynb #objects-of-queries
 @torch.no_grad()
 def objects_of_queries(
-    model: nn.Module,
+    model: QueryDETR,
     dataset,
     recipe: Recipe,
     criterion: Criterion,
@@ -369,10 +366,8 @@ def objects_of_queries(
 ) -> Tensor:  # [images, N]
     """Match what the last layer predicts in every image; the model is left in the mode in which
     it came."""
-    training, rows = (
-        model.training,
-        [torch.zeros(0, 1 + model.config.queries, dtype=torch.int64)],
-    )  # a process may have no batch
+    training = model.training
+    rows = [torch.zeros(0, 1 + model.config.queries, dtype=torch.int64)]  # of a process without
     model.eval()
     for batch in eval_batches(dataset, recipe, process, workers):
         batch = batch.to(process.device)

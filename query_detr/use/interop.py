@@ -833,7 +833,7 @@ def to_onnx(
     }
     example = torch.zeros(2, 3, 96, 128), torch.zeros(2, 96, 128, dtype=torch.bool)
     alone = deepcopy(model).cpu()
-    alone.backbone.bf16 = False
+    alone.backbone.bf16 = False  # pyright: ignore[reportAttributeAccessIssue]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="# The axis name")  # a size that two inputs share
         program = torch.onnx.export(

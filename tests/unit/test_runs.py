@@ -8,6 +8,7 @@ import signal
 import subprocess
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from query_detr.batch import InputError
 from query_detr.data.shapes import ShapesDataset
 from query_detr.denoising import Denoising
 from query_detr.model import QueryDETR
+from query_detr.run import loop
 from query_detr.run.checkpoints import NEWEST, PREVIOUS, load, load_newest, save_newest
 from query_detr.run.loop import Fault, Preempted, RunOptions, explain, fit, replay, start_run
 from query_detr.run.recipes import recipe_named
@@ -374,3 +376,14 @@ def test_log_line_says_what_the_issue_of_a_slow_or_bad_run_could_be(recipe, tmp_
         + 2 * (line["giou_loss"] + line["noise_giou_loss"])
     )
     assert parts == pytest.approx(line["loss"])
+
+
+@pytest.mark.parametrize(
+    ("platform", "reported"), [("linux", 3_000_000), ("darwin", 3_000_000_000)]
+)
+def test_peak_memory_is_in_megabytes_on_every_system(monkeypatch, platform, reported):
+    """The system reports kilobytes on Linux and bytes on macOS."""
+    usage = SimpleNamespace(ru_maxrss=reported)
+    monkeypatch.setattr(loop.resource, "getrusage", lambda who: usage)
+    monkeypatch.setattr(loop.sys, "platform", platform)
+    assert loop.peak_memory("cpu") == pytest.approx(3000)
