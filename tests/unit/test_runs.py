@@ -219,6 +219,7 @@ def test_failed_save_leaves_the_old_checkpoints_and_no_rest(saved, monkeypatch):
     ]
 
 
+@pytest.mark.system
 def test_full_disk_leaves_the_old_checkpoints(tmp_path):
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True
