@@ -20,6 +20,13 @@ from query_detr.model import ModelConfig, QueryDETR
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items):
+    """Mark what stands in tests/system, so that -m "not system" leaves it out."""
+    for item in items:
+        if "system" in item.path.parts:
+            item.add_marker(pytest.mark.system)
+
+
 @pytest.fixture
 def pictures():
     """Folder of real pictures that are not part of the repository."""

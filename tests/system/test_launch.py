@@ -137,6 +137,7 @@ def test_killed_run_goes_on_with_resume(trained, tmp_path):
     assert steps == sorted(set(steps)) == [2, 4]
 
 
+@pytest.mark.slow
 def test_groups_and_noise_train_on_two_processes_and_log_instability(tmp_path):
     how = [
         "--recipe",

@@ -53,6 +53,7 @@ def test_two_processes_give_the_gradients_of_one(case, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes, micro_batch", [(4, 2), (2, 2), (8, 1)])
 def test_more_processes_and_accumulation_give_the_gradients_of_one(
     processes, micro_batch, tmp_path

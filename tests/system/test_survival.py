@@ -9,6 +9,8 @@ import time
 import pytest
 from kill import differing, killed_run, start, workers
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
     "--recipe",
     "shapes_group_dn",
