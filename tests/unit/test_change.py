@@ -25,6 +25,7 @@ from query_detr.matcher import TermWeights
 from query_detr.model import QueryDETR
 from query_detr.queries import AnchorQueries
 from query_detr.run.evaluate import evaluate
+from query_detr.run.loop import RunOptions, fit
 from query_detr.run.recipes import Recipe, recipe_named
 from query_detr.run.step import start_run, train_step
 
@@ -265,3 +266,36 @@ def test_another_format_of_data_is_one_class(recipe, tmp_path):
         assert torch.allclose(folder[i][1], scenes[i][1].float(), atol=1e-3)
         assert torch.equal(folder[i][2], scenes[i][2])
     learn(recipe, scenes=folder)
+
+
+# --- a second logger ---
+
+
+class ListLogger:
+    """Keep what a run logs, as a logger for a web service would send it."""
+
+    def __init__(self, folder, state):
+        self.lines, self.closed = [], False
+        made.append(self)
+
+    def log(self, step, **numbers):
+        self.lines.append(dict(step=step, **numbers))
+
+    def close(self):
+        self.closed = True
+
+
+made: list[ListLogger] = []
+
+
+def test_a_second_logger_is_one_class(recipe, tmp_path):
+    short = replace(recipe, epochs=1, batch_size=2, eval_batch_size=2)
+    state = start_run(QueryDETR(short.model), short, seed=0, images=4)
+    scenes = ShapesDataset(4, seed=0)
+    options = RunOptions(log_every=1, loggers=(ListLogger,))
+    made.clear()
+    fit(state, scenes, scenes, tmp_path, options=options)
+    (logger,) = made
+    assert [line["step"] for line in logger.lines if "loss" in line] == [1, 2]
+    assert any("AP" in line for line in logger.lines)
+    assert logger.closed
